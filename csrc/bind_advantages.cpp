@@ -1,0 +1,146 @@
+#include "bind.h"
+#include "segk/advantages.h"
+#include "segk/operators.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using segk::at;
+using segk::floats;
+using segk::FloatsArg;
+using segk::rows_of;
+using segk::RowsArg;
+
+namespace {
+
+// (mean_slope, std_slope, min_std, knots, address of the knots): segkernels.normalizer.Curve.
+using CurveArg = std::tuple<float, float, float, int, uintptr_t>;
+
+segk::Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {
+  const auto [mean_slope, std_slope, min_std, n_knots, knots] = arg;
+  return {{mean_slope, std_slope, min_std, n_knots, at<const float>(knots)},
+          static_cast<segk::Spread>(spread),
+          mean,
+          clip};
+}
+
+}  // namespace
+
+void bind_advantages(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+
+  m.def(
+      "scatter_segment_rewards_fwd",
+      [](FloatsArg rewards, uintptr_t ends, uintptr_t mask, RowsArg rows, CurveArg curve,
+         int spread, bool mean, float clip, uintptr_t out, int threads) {
+        segk::scatter_segment_rewards_fwd(
+            floats(rewards), at<const bool>(ends), at<const bool>(mask), rows_of(rows),
+            credit_of(curve, spread, mean, clip), at<float>(out), threads);
+      },
+      no_gil, "rewards"_a, "ends"_a, "mask"_a, "rows"_a, "curve"_a, "spread"_a, "mean"_a, "clip"_a,
+      "out"_a, "threads"_a);
+
+  m.def(
+      "gae_fwd",
+      [](FloatsArg rewards, FloatsArg values, uintptr_t mask, RowsArg rows, double gamma,
+         double lam, uintptr_t advantages, uintptr_t returns, int threads) {
+        segk::gae_fwd(floats(rewards), floats(values), at<const bool>(mask), rows_of(rows), gamma,
+                      lam, at<float>(advantages), at<float>(returns), threads);
+      },
+      no_gil, "rewards"_a, "values"_a, "mask"_a, "rows"_a, "gamma"_a, "lam"_a, "advantages"_a,
+      "returns"_a, "threads"_a);
+
+  m.def(
+      "segment_advantages_fwd",
+      [](FloatsArg rewards, uintptr_t ends, FloatsArg logprobs, FloatsArg ref_logprobs,
+         FloatsArg values, uintptr_t mask, RowsArg rows, CurveArg curve, int spread, bool mean,
+         float clip, double kl_coef, double gamma, double lam, uintptr_t advantages,
+         uintptr_t returns, uintptr_t token_rewards, uintptr_t kl, int threads) {
+        segk::segment_advantages_fwd(floats(rewards), at<const bool>(ends), floats(logprobs),
+                                     floats(ref_logprobs), floats(values), at<const bool>(mask),
+                                     rows_of(rows), credit_of(curve, spread, mean, clip), kl_coef,
+                                     gamma, lam, at<float>(advantages), at<float>(returns),
+                                     at<float>(token_rewards), at<float>(kl), threads);
+      },
+      no_gil, "rewards"_a, "ends"_a, "logprobs"_a, "ref_logprobs"_a, "values"_a, "mask"_a, "rows"_a,
+      "curve"_a, "spread"_a, "mean"_a, "clip"_a, "kl_coef"_a, "gamma"_a, "lam"_a, "advantages"_a,
+      "returns"_a, "token_rewards"_a, "kl"_a, "threads"_a);
+
+  m.def(
+      "moments_fwd",
+      [](FloatsArg x, uintptr_t mask, int64_t n, uintptr_t moments, int threads) {
+        segk::moments_fwd(floats(x), at<const bool>(mask), n, at<double>(moments), threads);
+      },
+      no_gil, "x"_a, "mask"_a, "n"_a, "moments"_a, "threads"_a);
+
+  m.def(
+      "whiten_fwd",
+      [](FloatsArg x, uintptr_t mask, int64_t n, uintptr_t moments, bool center, uintptr_t out,
+         int threads) {
+        segk::whiten_fwd(floats(x), at<const bool>(mask), n, at<const double>(moments), center,
+                         at<float>(out), threads);
+      },
+      no_gil, "x"_a, "mask"_a, "n"_a, "moments"_a, "center"_a, "out"_a, "threads"_a);
+
+  m.def(
+      "policy_loss_fwd",
+      [](FloatsArg logprobs, FloatsArg old_logprobs, FloatsArg advantages, uintptr_t mask,
+         RowsArg rows, float low, float high, int aggregation, uintptr_t loss,
+         uintptr_t row_weights, int threads) {
+        segk::policy_loss_fwd(floats(logprobs), floats(old_logprobs), floats(advantages),
+                              at<const bool>(mask), rows_of(rows), low, high,
+                              static_cast<segk::Aggregation>(aggregation), at<float>(loss),
+                              at<double>(row_weights), threads);
+      },
+      no_gil, "logprobs"_a, "old_logprobs"_a, "advantages"_a, "mask"_a, "rows"_a, "low"_a, "high"_a,
+      "aggregation"_a, "loss"_a, "row_weights"_a, "threads"_a);
+
+  m.def(
+      "policy_loss_bwd",
+      [](uintptr_t dloss, FloatsArg logprobs, FloatsArg old_logprobs, FloatsArg advantages,
+         uintptr_t mask, RowsArg rows, float low, float high, uintptr_t row_weights,
+         uintptr_t dlogprobs, int threads) {
+        segk::policy_loss_bwd(at<const float>(dloss), floats(logprobs), floats(old_logprobs),
+                              floats(advantages), at<const bool>(mask), rows_of(rows), low, high,
+                              at<const double>(row_weights), at<float>(dlogprobs), threads);
+      },
+      no_gil, "dloss"_a, "logprobs"_a, "old_logprobs"_a, "advantages"_a, "mask"_a, "rows"_a,
+      "low"_a, "high"_a, "row_weights"_a, "dlogprobs"_a, "threads"_a);
+
+  m.def(
+      "value_loss_fwd",
+      [](FloatsArg values, FloatsArg old_values, FloatsArg returns, uintptr_t mask, RowsArg rows,
+         float clip, int aggregation, uintptr_t loss, uintptr_t row_weights, int threads) {
+        segk::value_loss_fwd(floats(values), floats(old_values), floats(returns),
+                             at<const bool>(mask), rows_of(rows), clip,
+                             static_cast<segk::Aggregation>(aggregation), at<float>(loss),
+                             at<double>(row_weights), threads);
+      },
+      no_gil, "values"_a, "old_values"_a, "returns"_a, "mask"_a, "rows"_a, "clip"_a,
+      "aggregation"_a, "loss"_a, "row_weights"_a, "threads"_a);
+
+  m.def(
+      "value_loss_bwd",
+      [](uintptr_t dloss, FloatsArg values, FloatsArg old_values, FloatsArg returns, uintptr_t mask,
+         RowsArg rows, float clip, uintptr_t row_weights, uintptr_t dvalues, int threads) {
+        segk::value_loss_bwd(at<const float>(dloss), floats(values), floats(old_values),
+                             floats(returns), at<const bool>(mask), rows_of(rows), clip,
+                             at<const double>(row_weights), at<float>(dvalues), threads);
+      },
+      no_gil, "dloss"_a, "values"_a, "old_values"_a, "returns"_a, "mask"_a, "rows"_a, "clip"_a,
+      "row_weights"_a, "dvalues"_a, "threads"_a);
+
+  // One combine each, so that the tests can run the scans in tree order too.
+  m.def("combine_affine", [](std::tuple<float, float> outer, std::tuple<float, float> inner) {
+    const auto [scale, shift] =
+        combine(segk::Affine<float>{std::get<0>(outer), std::get<1>(outer)},
+                segk::Affine<float>{std::get<0>(inner), std::get<1>(inner)});
+    return std::make_tuple(scale, shift);
+  });
+  m.def("combine_moments",
+        [](std::tuple<double, double, double> left, std::tuple<double, double, double> right) {
+          const auto [count, mean, m2] =
+              combine(segk::Moments{std::get<0>(left), std::get<1>(left), std::get<2>(left)},
+                      segk::Moments{std::get<0>(right), std::get<1>(right), std::get<2>(right)});
+          return std::make_tuple(count, mean, m2);
+        });
+}

@@ -1,0 +1,22 @@
+// Where the rows of a token stream lie: a padded [N, T] grid, or flat [T] with cu_seqlens.
+#pragma once
+
+#include <cstdint>
+
+#include "segk/dtype.h"
+
+namespace segk {
+
+struct Rows {
+  int64_t count;              // N
+  int64_t row_len;            // T of the grid; unused with cu_seqlens
+  const int32_t* cu_seqlens;  // [N + 1], or null for the grid
+
+  SEGK_HD int64_t begin(int64_t row) const {
+    return cu_seqlens ? static_cast<int64_t>(cu_seqlens[row]) : row * row_len;
+  }
+  SEGK_HD int64_t end(int64_t row) const { return begin(row + 1); }
+  SEGK_HD int64_t tokens() const { return begin(count); }
+};
+
+}  // namespace segk

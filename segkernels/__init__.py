@@ -1,0 +1,55 @@
+"""Kernels for segment-level RLHF: entropy segments, their rewards, advantages and losses.
+
+The method is that of arXiv 2501.02790. Every op works on padded grids and on packed streams, reads
+action tokens only, and takes ``backend=``; ``segkernels.backend.explain()`` tells what would run.
+"""
+
+from . import backend
+from .advantages import gae, segment_advantages, whiten
+from .bradley_terry import BradleyTerry, segment_bradley_terry, segment_scores
+from .linear import linear_logprobs_and_entropy
+from .linear_policy import PolicyLoss, linear_policy_loss
+from .normalizer import (
+    LocationFit,
+    LocationNormalizer,
+    Normalizer,
+    RunningLocationNormalizer,
+    ScalarNormalizer,
+    TableNormalizer,
+    fit_location,
+    normalizer_from_dict,
+    segment_positions,
+)
+from .ppo_loss import policy_loss, value_loss
+from .rewards import scatter_segment_rewards
+from .segments import segment_ends, segment_offsets
+from .token_stats import entropy_from_logits, logprobs_and_entropy
+
+__all__ = [
+    "BradleyTerry",
+    "LocationFit",
+    "LocationNormalizer",
+    "Normalizer",
+    "PolicyLoss",
+    "RunningLocationNormalizer",
+    "ScalarNormalizer",
+    "TableNormalizer",
+    "backend",
+    "entropy_from_logits",
+    "fit_location",
+    "gae",
+    "linear_logprobs_and_entropy",
+    "linear_policy_loss",
+    "logprobs_and_entropy",
+    "normalizer_from_dict",
+    "policy_loss",
+    "scatter_segment_rewards",
+    "segment_advantages",
+    "segment_bradley_terry",
+    "segment_ends",
+    "segment_offsets",
+    "segment_positions",
+    "segment_scores",
+    "value_loss",
+    "whiten",
+]

@@ -1,0 +1,114 @@
+"""Which implementation runs: one table, one function.
+
+``backend=`` of the call, else the environment variable ``SEGKERNELS_BACKEND``, else by device.
+What was asked for and is not available raises with the reason; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import native
+
+NAMES = ("reference", "native", "triton")
+
+# Devices that each backend of an op serves. The reference serves every op on every device.
+DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "entropy_from_logits": {"native": ("cpu",)},
+    "logprobs_and_entropy": {"native": ("cpu",)},
+    "linear_logprobs_and_entropy": {"native": ("cpu",)},
+    "segment_ends": {"native": ("cpu",)},
+    "segment_offsets": {},
+    "segment_scores": {"native": ("cpu",)},
+    "segment_bradley_terry": {"native": ("cpu",)},
+    "scatter_segment_rewards": {"native": ("cpu",)},
+    "gae": {"native": ("cpu",)},
+    "segment_advantages": {"native": ("cpu",)},
+    "whiten": {"native": ("cpu",)},
+    "policy_loss": {"native": ("cpu",)},
+    "value_loss": {"native": ("cpu",)},
+    "linear_policy_loss": {"native": ("cpu",)},
+}
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run this call; the message says why."""
+
+
+def _refusal(op: str, name: str, device: str, double: bool) -> str:
+    """Why backend ``name`` cannot run ``op``; empty when it can."""
+    if name == "reference":
+        return ""
+    devices = DEVICES[op].get(name, ())
+    if device not in devices:
+        served = " and ".join(devices) if devices else "no device"
+        return f"its {name} implementation serves {served}, the tensors are on {device}"
+    if double:
+        return f"its {name} implementation has no float64; the reference does"
+    if name == "native" and native.extension is None:
+        return (
+            f"the compiled extension is missing ({native.missing}); "
+            "build it with 'pip install -e .' from the checkout"
+        )
+    return ""
+
+
+def choose(op: str, *tensors: Tensor | None, backend: str | None = None) -> str:
+    """Name of the backend that runs ``op`` on these tensors.
+
+    Raises ValueError for an unknown name and BackendError when an explicit choice, or the
+    extension that a CPU call needs, is not available.
+    """
+    present = [t for t in tensors if t is not None]
+    double = any(t.dtype == torch.float64 for t in present)
+    return _choose(op, present[0].device.type, double, backend)
+
+
+def _choose(op: str, device: str, double: bool, backend: str | None) -> str:
+    asked = backend or os.environ.get("SEGKERNELS_BACKEND") or None
+    if asked is not None:
+        if asked not in NAMES:
+            source = "backend" if backend else "SEGKERNELS_BACKEND"
+            raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {asked!r}")
+        reason = _refusal(op, asked, device, double)
+        if reason:
+            raise BackendError(f"{op}: backend {asked!r} cannot run: {reason}")
+        return asked
+    if double:
+        return "reference"
+    for name, devices in DEVICES[op].items():
+        if device in devices:
+            reason = _refusal(op, name, device, double)
+            if reason:
+                raise BackendError(
+                    f"{op}: {reason}, or set SEGKERNELS_BACKEND=reference to run plain PyTorch"
+                )
+            return name
+    return "reference"
+
+
+def explain(device: str | torch.device = "cpu") -> str:
+    """A table of what would run for each op on ``device`` (fp32, bf16 or fp16), and why."""
+    kind = torch.device(device).type
+    asked = os.environ.get("SEGKERNELS_BACKEND") or None
+    lines = [f"device {kind}; SEGKERNELS_BACKEND {asked or 'not set'}"]
+    if native.extension is None:
+        lines.append(f"extension: missing ({native.missing})")
+    else:
+        lines.append(f"extension: {native.extension.build_info()}, {native.threads()} threads")
+    for op in DEVICES:
+        try:
+            chosen = _choose(op, kind, False, None)
+            if asked:
+                why = "asked for by SEGKERNELS_BACKEND"
+            elif chosen == "reference":
+                why = f"no kernel serves {kind}"
+            else:
+                why = f"serves {kind}"
+        except BackendError as error:
+            chosen, why = "none", str(error)
+        lines.append(f"{op:28} {chosen:10} {why}")
+    return "\n".join(lines)

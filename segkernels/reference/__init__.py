@@ -1,0 +1,1 @@
+"""Plain PyTorch: the definition of every op, on any device, differentiable by autograd."""

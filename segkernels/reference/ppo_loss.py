@@ -1,0 +1,77 @@
+"""PPO losses, plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from ._actions import Actions, accumulation_dtype, actions
+
+
+def log_ratio_bounds(clip: float) -> tuple[float, float]:
+    """log(1 - clip) and log(1 + clip); no lower bound where 1 - clip is no ratio."""
+    return (math.log1p(-clip) if clip < 1 else -math.inf), math.log1p(clip)
+
+
+def surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """-min(rho A, clip(rho) A) of each token, elementwise.
+
+    The log of the ratio is held where clipping lets the loss grow no further, so exp cannot
+    overflow into 0 * inf for a token whose term is bounded.
+    """
+    low, high = log_ratio_bounds(clip)
+    q = logprobs - old_logprobs
+    q = torch.where(advantages >= 0, q.clamp(max=high), q.clamp(min=low))
+    return -advantages * q.exp()
+
+
+def squared_error(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """0.5 max of the squared errors of the value and of the value clipped around the old one."""
+    clipped = values.clamp(old_values - clip, old_values + clip)
+    counts = (values - returns).square() >= (clipped - returns).square()
+    return 0.5 * (torch.where(counts, values, clipped) - returns).square()
+
+
+def aggregate(terms: Tensor, acts: Actions, aggregation: str) -> Tensor:
+    """A scalar from [A] terms; rows without action tokens do not count, none at all gives 0."""
+    if aggregation == "token-mean":
+        return terms.sum() / max(terms.numel(), 1)
+    sums = terms.new_zeros(acts.layout.n_rows).index_add(0, acts.row, terms)  # [N]
+    if aggregation == "seq-mean-token-mean":
+        sums = sums / acts.counts.clamp(min=1)
+    return sums.sum() / (acts.counts > 0).sum().clamp(min=1)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    layout: Layout,
+    *,
+    clip: float,
+    aggregation: str,
+) -> Tensor:
+    acts = actions(mask, layout)
+    dtype = accumulation_dtype(logprobs, old_logprobs, advantages)
+    new, old, weights = (acts.take(x).to(dtype) for x in (logprobs, old_logprobs, advantages))
+    return aggregate(surrogate(new, old, weights, clip), acts, aggregation)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    layout: Layout,
+    *,
+    clip: float,
+    aggregation: str,
+) -> Tensor:
+    acts = actions(mask, layout)
+    dtype = accumulation_dtype(values, old_values, returns)
+    new, old, targets = (acts.take(x).to(dtype) for x in (values, old_values, returns))
+    return aggregate(squared_error(new, old, targets, clip), acts, aggregation)

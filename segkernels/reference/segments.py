@@ -1,0 +1,54 @@
+"""Segment boundaries in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout, values_may_be_checked
+from ._actions import actions
+
+
+def segment_ends(
+    entropy: Tensor,
+    mask: Tensor,
+    threshold: float,
+    layout: Layout,
+    current: bool,
+    exclude_last: Tensor,
+) -> Tensor:
+    a = actions(mask, layout)
+    h = a.take(entropy).float()  # [A]
+    rank, count = a.rank, a.counts[a.row]
+    decides = rank > 0 if current else torch.ones_like(rank, dtype=torch.bool)
+    if values_may_be_checked(entropy):
+        nan = (h.isnan() & decides).nonzero()
+        if nan.numel():
+            raise nan_entropy(layout, int(a.index[nan[0, 0]]))
+
+    over = (h > torch.tensor(threshold, dtype=torch.float32, device=h.device)) & decides
+    if current:
+        over = torch.cat([over[1:], over.new_zeros(1)])[: over.numel()]
+    left = count - 1 - rank
+    excluded = exclude_last[a.row] & (count > 1)
+    ends = torch.where(left == 0, ~excluded, over | ((left == 1) & excluded))
+    return a.put(ends)
+
+
+def nan_entropy(layout: Layout, token: int) -> ValueError:
+    return ValueError(
+        f"entropy: expected numbers at action tokens, got NaN at {layout.place(token)}; look for "
+        "NaN in the logits that it came from, or leave the token out of the mask"
+    )
+
+
+def segment_offsets(ends: Tensor, mask: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    a = actions(mask, layout)
+    end = a.take(ends).nonzero().squeeze(1)  # [S] as an index into [A]
+    row = a.row[end]
+    # A segment starts behind the previous end of its row, or at the row's first action token.
+    previous = torch.cat([end.new_full((1,), -1), end])[: end.numel()]
+    lengths = end + 1 - torch.maximum(previous + 1, a.starts[row])
+    zero = end.new_zeros(1)
+    per_row = torch.bincount(row, minlength=layout.n_rows)
+    return torch.cat([zero, lengths.cumsum(0)]), torch.cat([zero, per_row.cumsum(0)])

@@ -1,0 +1,319 @@
+"""Entropy and log-probabilities of next-token distributions, from logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .backend import choose
+from .layout import check_bools, check_floats, check_like, values_may_be_checked
+from .reference import token_stats as reference
+
+IGNORED = -100
+
+
+def entropy_from_logits(
+    logits: Tensor,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Entropy of every row's distribution, in nats.
+
+    With z = logits / temperature, p = softmax(z) and d = z - max z::
+
+        H = logsumexp(z) - sum_v p_v z_v = log(sum_v exp d_v) - sum_v p_v d_v
+        dH/dz_v = -p_v (log p_v + H)
+
+    A logit of -inf (a banned token) adds exactly 0 to H and to every gradient; so does one whose
+    probability is below 1e-38 of the largest, in the native implementation. A row that holds NaN
+    or +inf, or nothing but -inf, gives NaN.
+
+    Args:
+        logits: ``[..., V]``, any leading shape, which may be a view such as ``logits[:, :-1]``.
+            float32, bfloat16 or float16, read as float32; float64 runs the reference.
+        temperature: positive; one float, or a tensor of one per row. No gradient flows to it.
+        mask: bool of the leading shape; rows with False are not read, give 0 and get no gradient.
+        backend: see ``segkernels.backend``.
+
+    Returns:
+        float32 (float64 for float64 logits) of the leading shape, differentiable in ``logits``.
+
+    Raises:
+        ValueError: shapes that disagree, a temperature that is not positive and finite.
+        TypeError: dtypes that do not fit.
+
+    Source: the entropy that cuts segments, arXiv 2501.02790, section 2.2.
+    """
+    return _token_stats("entropy_from_logits", logits, None, temperature, mask, backend)[1]
+
+
+def logprobs_and_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every row's target, and the row's entropy, from one read of the logits.
+
+    ::
+
+        logprob = z_y - logsumexp(z)        d logprob / dz_v = 1[v = y] - p_v
+
+    with z, p and the entropy as in :func:`entropy_from_logits`. Row i predicts ``targets[i]``: the
+    caller shifts, and ``mask`` is aligned with ``targets``.
+
+    Args:
+        logits: as in :func:`entropy_from_logits`.
+        targets: integers of the leading shape, in [0, V); -100 gives log-probability 0 and no
+            gradient from it (the entropy is still computed).
+        temperature: as in :func:`entropy_from_logits`.
+        mask: as there; targets of rows with False may be anything.
+        backend: see ``segkernels.backend``.
+
+    Returns:
+        (logprobs, entropy) in nats, of the leading shape and differentiable in ``logits``.
+
+    Raises:
+        ValueError: as there, and a target out of range (CPU tensors, or SEGKERNELS_DEBUG=1).
+        TypeError: dtypes that do not fit.
+    """
+    logprobs, entropy = _token_stats(
+        "logprobs_and_entropy", logits, targets, temperature, mask, backend
+    )
+    assert logprobs is not None
+    return logprobs, entropy
+
+
+def _token_stats(
+    op: str,
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor | None, Tensor]:
+    check_floats("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits: expected shape [..., vocabulary], got {list(logits.shape)}; "
+            "pass one row of at least one logit per token"
+        )
+    vocab = logits.shape[-1]
+    row = logits.select(-1, 0)
+    targets, scalar, temperatures = check_row_inputs(
+        "logits[..., 0]", row, targets, temperature, mask
+    )
+    if choose(op, logits, backend=backend) == "reference":
+        if values_may_be_checked(logits):
+            check_row_values(vocab, targets, temperatures, mask)
+        return reference.token_stats(logits, targets, per_row(scalar, temperatures), mask)
+    logprobs, entropy, _ = _token_stats_fwd(
+        logits, targets, scalar, *each(Tensor.float, temperatures), mask
+    )
+    return (None if targets is None else logprobs), entropy
+
+
+def check_row_inputs(
+    like_name: str,
+    like: Tensor,
+    targets: Tensor | None,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor | None, float, Tensor | None]:
+    """(targets as int64, temperature of all rows, temperatures of the single rows or None)."""
+    if mask is not None:
+        check_bools("mask", mask, like_name, like)
+    if targets is not None:
+        if targets.dtype.is_floating_point or targets.dtype in (torch.bool, torch.complex64):
+            raise TypeError(
+                f"targets: expected integer token ids, got {targets.dtype}; pass targets.long()"
+            )
+        check_like("targets", targets, like_name, like)
+        targets = targets.long()
+    if isinstance(temperature, Tensor):
+        check_floats("temperature", temperature)
+        check_like("temperature", temperature, like_name, like)
+        return targets, 1.0, temperature.detach()
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise _bad_temperature(temperature)
+    return targets, float(temperature), None
+
+
+def per_row(scalar: float, temperatures: Tensor | None) -> float | Tensor:
+    return scalar if temperatures is None else temperatures
+
+
+def check_row_values(
+    vocab: int, targets: Tensor | None, temperatures: Tensor | None, mask: Tensor | None
+) -> None:
+    """Targets in [0, V) or IGNORED and positive temperatures, wherever the mask is True."""
+    if targets is not None:
+        bad = ((targets < 0) & (targets != IGNORED)) | (targets >= vocab)
+        bad = (bad if mask is None else bad & mask).nonzero()
+        if len(bad):
+            at = tuple(bad[0].tolist())
+            raise ValueError(
+                f"targets: expected token ids in [0, {vocab}) or {IGNORED}, got "
+                f"{int(targets[at])} at {list(at)}; logits and targets must share one tokenizer"
+            )
+    if temperatures is not None:
+        bad = ~((temperatures > 0) & temperatures.isfinite())
+        bad = (bad if mask is None else bad & mask).nonzero()
+        if len(bad):
+            at = tuple(bad[0].tolist())
+            raise _bad_temperature(float(temperatures[at]), f" at {list(at)}")
+
+
+def _bad_temperature(value: float, where: str = "") -> ValueError:
+    return ValueError(
+        f"temperature: expected a positive finite number, got {value}{where}; "
+        "1.0 leaves the logits as they are"
+    )
+
+
+def vocab_rows(
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    first: int = 0,
+):
+    """The extension's view of logits [..., V]; the tensors must outlive it."""
+    inner, outer_stride, inner_stride = _strides(logits)
+    return native.extension.VocabRows(
+        logits=(logits.data_ptr(), native.DTYPES[logits.dtype]),
+        count=logits.shape[:-1].numel(),
+        vocab=logits.shape[-1],
+        inner=inner,
+        outer_stride=outer_stride,
+        inner_stride=inner_stride,
+        first=first,
+        targets=native.ptr(targets),
+        temperatures=native.ptr(temperatures),
+        temperature=temperature,
+    )
+
+
+def _leading(logits: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the leading dimensions, as few as they can be merged into."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    return dims
+
+
+def _strides(logits: Tensor) -> tuple[int, int, int]:
+    """(inner, outer stride, inner stride) of rows of adjacent columns."""
+    (_, outer), (inner, inner_stride) = [(1, 0), (1, 0), *_leading(logits)][-2:]
+    return inner, outer, inner_stride
+
+
+def _addressable(logits: Tensor) -> Tensor:
+    """The logits, copied only where two strides and adjacent columns do not describe them."""
+    adjacent = logits.stride(-1) == 1 or logits.shape[-1] == 1
+    return logits if adjacent and len(_leading(logits)) <= 2 else logits.contiguous()
+
+
+def each(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> list[Any]:
+    """The function of every tensor, None of None."""
+    return [None if t is None else function(t) for t in tensors]
+
+
+@torch.library.custom_op("segkernels::token_stats_fwd", mutates_args=(), device_types="cpu")
+def _token_stats_fwd(
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_row_values(logits.shape[-1], targets, temperatures, mask)
+    logits = _addressable(logits)
+    targets, temperatures, mask = each(Tensor.contiguous, targets, temperatures, mask)
+    logprobs, entropy, stats = empty_stats(logits.shape[:-1], targets, logits)
+    native.extension.vocab_forward(
+        vocab_rows(logits, targets, temperature, temperatures),
+        native.ptr(mask),
+        0 if targets is None else native.ptr(logprobs),
+        native.ptr(entropy),
+        native.ptr(stats),
+        native.threads(),
+    )
+    return logprobs, entropy, stats
+
+
+def empty_stats(
+    shape: torch.Size, targets: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs (no element without targets), entropy, and what the backward pass keeps of a row."""
+    entropy = torch.empty(shape, dtype=torch.float32, device=like.device)
+    logprobs = torch.empty_like(entropy) if targets is not None else entropy.new_empty(0)
+    return logprobs, entropy, entropy.new_empty((*shape, 3))
+
+
+@_token_stats_fwd.register_fake
+def _(logits, targets, temperature, temperatures, mask):
+    return empty_stats(logits.shape[:-1], targets, logits)
+
+
+@torch.library.custom_op("segkernels::token_stats_bwd", mutates_args=(), device_types="cpu")
+def _token_stats_bwd(
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    dlogprobs: Tensor | None,
+    dentropy: Tensor | None,
+) -> Tensor:
+    logits = _addressable(logits)
+    targets, temperatures, dlogprobs, dentropy = each(
+        Tensor.contiguous, targets, temperatures, dlogprobs, dentropy
+    )
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    native.extension.vocab_backward(
+        vocab_rows(logits, targets, temperature, temperatures),
+        native.ptr(stats),
+        native.ptr(dlogprobs),
+        native.ptr(dentropy),
+        native.ptr(dlogits),
+        native.threads(),
+    )
+    return dlogits
+
+
+@_token_stats_bwd.register_fake
+def _(logits, targets, temperature, temperatures, stats, dlogprobs, dentropy):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, targets, ctx.temperature, temperatures, _ = inputs
+    ctx.save_for_backward(logits, targets, temperatures, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dlogprobs, dentropy, _):
+    logits, targets, temperatures, stats = ctx.saved_tensors
+    dlogprobs = None if targets is None else dlogprobs
+    dlogits = _token_stats_bwd(
+        logits, targets, ctx.temperature, temperatures, stats, dlogprobs, dentropy
+    )
+    return dlogits, None, None, None, None
+
+
+_token_stats_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,404 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close
+
+import segkernels.linear
+from segkernels import linear_logprobs_and_entropy, logprobs_and_entropy
+from segkernels.backend import BackendError
+from segkernels.linear import _linear_bwd, _linear_fwd
+
+BACKENDS = ("reference", "native")
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+NAN = float("nan")
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+storage = pytest.mark.parametrize("dtype", STORAGE, ids=str)
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """Many token blocks and vocabulary slices, none of which divides its range."""
+    monkeypatch.setattr(segkernels.linear, "BUFFER", 4 * 16 * 13)
+    monkeypatch.setattr(segkernels.linear, "TILE", 4 * 13 * 7)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(shape, vocab, size, dtype, seed=0):
+    """hidden, weight, bias, targets."""
+    g = generator(seed)
+    hidden = torch.randn(*shape, size, generator=g).to(dtype)
+    weight = torch.randn(vocab, size, generator=g).to(dtype) * (2 / size**0.5)
+    bias = torch.randn(vocab, generator=g).to(dtype)
+    return hidden, weight, bias, torch.randint(0, vocab, shape, generator=g)
+
+
+def run(backend, hidden, weight, bias, targets, temperature=1.0, mask=None, seed=0):
+    """(logprobs, entropy, dhidden, dweight, dbias) with random upstream gradients."""
+    inputs = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    logprobs, entropy = linear_logprobs_and_entropy(
+        inputs[0], inputs[1], targets, inputs[2], temperature, mask, backend=backend
+    )
+    up = torch.randn(2, *entropy.shape, generator=generator(seed), dtype=torch.float64)
+    up = up.to(entropy.dtype)
+    grads = torch.autograd.grad((logprobs, entropy), inputs, (up[0], up[1]))
+    return logprobs.detach(), entropy.detach(), *grads
+
+
+def check_against_reference(hidden, weight, bias, targets, temperature=1.0, mask=None, what=""):
+    inputs = (hidden, weight, bias)
+    double = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    kernel = run("native", *inputs, targets, temperature, mask)
+    baseline = run("reference", *inputs, targets, temperature, mask)
+    truth = run("reference", *(t.double() for t in inputs), targets, double, mask)
+    names = ("logprobs", "entropy", "dhidden", "dweight", "dbias")
+    for name, like, k, b, t in zip(
+        names, (None, None, *inputs), kernel, baseline, truth, strict=True
+    ):
+        assert k.dtype == (torch.float32 if like is None else like.dtype)
+        assert_close(k, b, t, f"{what} {name}")
+
+
+@backends
+def test_by_hand(backend):
+    """Two tokens of a vocabulary of two: z = (h, 0), so p = sigmoid(h)."""
+    hidden = torch.tensor([[0.0], [2.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]])
+    logprobs, entropy = linear_logprobs_and_entropy(
+        hidden, weight, torch.tensor([0, 1]), backend=backend
+    )
+    p = torch.tensor([0.5, 0.8807970779778823])
+    torch.testing.assert_close(logprobs, torch.stack([p[0], 1 - p[1]]).log())
+    torch.testing.assert_close(entropy, -(p * p.log() + (1 - p) * (1 - p).log()))
+    (grad,) = torch.autograd.grad(logprobs.sum(), hidden)
+    torch.testing.assert_close(grad[:, 0], torch.tensor([0.5, -0.8807970779778823]))
+
+
+@storage
+@pytest.mark.parametrize("shape", [(5,), (3, 17), (1, 1)])
+@pytest.mark.parametrize("vocab", [1, 3, 33, 1000])
+def test_native_equals_reference(dtype, shape, vocab):
+    arguments = draw(shape, vocab, 16, dtype)
+    mask = torch.rand(shape, generator=generator(1)) < 0.7
+    temperatures = torch.rand(shape, generator=generator(2)) + 0.5
+    check_against_reference(*arguments, what=f"{dtype}")
+    check_against_reference(*arguments, temperatures, mask, what=f"{dtype} masked")
+
+
+@storage
+def test_many_tiles(dtype, small_buffers):
+    arguments = draw((4, 11), 100, 16, dtype)
+    mask = torch.rand(4, 11, generator=generator(1)) < 0.7
+    check_against_reference(*arguments, 0.7, what="tiles")
+    check_against_reference(*arguments, 0.7, mask, what="tiles masked")
+
+
+@st.composite
+def problems(draw_from):
+    shape = draw_from(st.sampled_from([(), (0,), (1,), (33,), (2, 7), (0, 3), (2, 3, 4)]))
+    vocab = draw_from(st.sampled_from([1, 2, 31, 70]))
+    dtype = draw_from(st.sampled_from(STORAGE))
+    seed = draw_from(st.integers(0, 1000))
+    hidden, weight, bias, targets = draw(shape, vocab, 8, dtype, seed)
+    if len(shape) >= 2 and draw_from(st.booleans()):
+        wide = torch.cat([hidden, torch.full_like(hidden[:, :1], NAN)], 1)
+        hidden = wide[:, :-1]
+    keep = draw_from(st.sampled_from([0.0, 0.6, 1.0]))
+    mask = torch.rand(shape, generator=generator(seed)) < keep
+    ignored = torch.rand(shape, generator=generator(seed + 1)) < 0.2
+    return hidden, weight, bias, targets.masked_fill(ignored, -100), mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_any_shape(problem):
+    *arguments, mask = problem
+    check_against_reference(*arguments, 0.9, mask)
+
+
+@backends
+def test_equals_the_form_from_logits(backend):
+    hidden, weight, bias, targets = draw((6, 5), 50, 12, torch.float32)
+    logprobs, entropy = linear_logprobs_and_entropy(hidden, weight, targets, bias, backend=backend)
+    plain = logprobs_and_entropy(hidden @ weight.T + bias, targets, backend=backend)
+    torch.testing.assert_close(logprobs, plain[0])
+    torch.testing.assert_close(entropy, plain[1])
+
+
+@backends
+def test_without_targets_and_bias(backend):
+    hidden, weight, _, targets = draw((7,), 40, 12, torch.float32)
+    nothing, entropy = linear_logprobs_and_entropy(hidden, weight, backend=backend)
+    assert nothing is None
+    both = linear_logprobs_and_entropy(hidden, weight, targets, backend=backend)
+    assert torch.equal(entropy, both[1])
+
+
+@backends
+@storage
+def test_masked_rows_are_transparent(backend, dtype, small_buffers):
+    hidden, weight, bias, targets = draw((6, 9), 40, 16, dtype)
+    mask = torch.rand(6, 9, generator=generator(2)) < 0.6
+    temperatures = torch.rand(6, 9, generator=generator(3)) + 0.5
+    poisoned = (
+        hidden.masked_fill(~mask[..., None], NAN),
+        weight,
+        bias,
+        targets.masked_fill(~mask, 10**12),
+        temperatures.masked_fill(~mask, NAN),
+        mask,
+    )
+    logprobs, entropy, dhidden, dweight, dbias = run(backend, *poisoned)
+    for values in (logprobs, entropy, dhidden):
+        assert (values[~mask] == 0).all()
+    up = torch.randn(2, 6, 9, generator=generator(), dtype=torch.float64).float()
+    inputs = [t.clone().requires_grad_() for t in (hidden[mask], weight, bias)]
+    alone = linear_logprobs_and_entropy(
+        inputs[0], inputs[1], targets[mask], inputs[2], temperatures[mask], backend=backend
+    )
+    grads = torch.autograd.grad(alone, inputs, (up[0][mask], up[1][mask]))
+    same = (logprobs[mask], entropy[mask], dhidden[mask], dweight, dbias)
+    for got, expected in zip(same, (*alone, *grads), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-5)
+    nothing = run(backend, *poisoned[:-1], torch.zeros_like(mask))
+    assert all((values == 0).all() for values in nothing)
+
+
+def test_rows_without_upstream_gradient_take_no_part():
+    """Their hidden states are destroyed between the passes; every gradient stays a number."""
+    hidden, weight, bias, targets = draw((8,), 30, 16, torch.float32)
+    targets[0] = -100
+    _, entropy, stats = _linear_fwd(hidden, weight, targets, bias, 1.0, None, None)
+    up = torch.zeros_like(entropy)
+    up[[0, 3]] = 2.0
+    expected = _linear_bwd(
+        hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True
+    )
+    hidden[torch.arange(8) != 3] = NAN
+    got = _linear_bwd(hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    assert (got[0][torch.arange(8) != 3] == 0).all()
+    assert (got[0][3] != 0).all()
+
+
+@backends
+@storage
+@pytest.mark.parametrize("needs", ["hidden", "weight", "bias"])
+def test_partial_gradients(backend, dtype, needs):
+    inputs = dict(
+        zip(("hidden", "weight", "bias", "targets"), draw((9,), 33, 8, dtype), strict=True)
+    )
+    inputs[needs].requires_grad_()
+    logprobs, entropy = linear_logprobs_and_entropy(**inputs, backend=backend)
+    (logprobs.sum() - entropy.sum()).backward()
+    for name in ("hidden", "weight", "bias"):
+        assert (inputs[name].grad is not None) == (name == needs)
+    everything = [inputs[n].detach().requires_grad_() for n in ("hidden", "weight", "bias")]
+    logprobs, entropy = linear_logprobs_and_entropy(
+        everything[0], everything[1], inputs["targets"], everything[2], backend=backend
+    )
+    (logprobs.sum() - entropy.sum()).backward()
+    position = ("hidden", "weight", "bias").index(needs)
+    assert torch.equal(inputs[needs].grad, everything[position].grad)
+
+
+@backends
+def test_mixed_dtypes(backend):
+    hidden, weight, bias, targets = draw((9,), 33, 8, torch.float32)
+    half = hidden.bfloat16()
+    got = run(backend, half, weight, bias.half(), targets)
+    assert [t.dtype for t in got[2:]] == [torch.bfloat16, torch.float32, torch.float16]
+    expected = run(backend, half.float(), weight, bias.half().float(), targets)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype))
+
+
+@backends
+def test_banned_tokens_and_rows_without_a_distribution(backend):
+    hidden, weight, bias, targets = draw((4,), 20, 8, torch.float32)
+    bias[3] = bias[11] = -torch.inf
+    targets[:] = 5
+    logprobs, entropy, dhidden, dweight, dbias = run(backend, hidden, weight, bias, targets)
+    assert all(t.isfinite().all() for t in (logprobs, entropy, dhidden, dweight, dbias))
+    assert (dweight[[3, 11]] == 0).all()
+    assert (dbias[[3, 11]] == 0).all()
+    hidden[2, 0] = NAN
+    logprobs, entropy, dhidden, *_ = run(backend, hidden, weight, bias, targets)
+    for values in (logprobs, entropy, dhidden[:, 0]):
+        assert values.isnan().tolist() == [False, False, True, False]
+
+
+def test_gradcheck_of_the_reference():
+    hidden, weight, bias, targets = draw((2, 2), 5, 3, torch.float64)
+    targets[0, 1] = -100
+    mask = torch.tensor([[True, True], [False, True]])
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+
+    def stats(h, w, b):
+        return linear_logprobs_and_entropy(h, w, targets, b, 0.8, mask)
+
+    assert torch.autograd.gradcheck(stats, inputs)
+
+
+@storage
+def test_threads_and_reruns_are_bitwise_equal(dtype, two_threads):
+    arguments = draw((60,), 700, 16, dtype)
+    first = run("native", *arguments)
+    for a, b in zip(run("native", *arguments), first, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bf16_autocast_changes_nothing():
+    arguments = draw((9,), 40, 16, torch.float32)
+    plain = run("native", *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run("native", *arguments)
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked):
+    hidden, weight, bias, targets = draw((3, 4), 17, 8, torch.float32)
+    mask = torch.rand(3, 4, generator=generator()) < 0.5 if masked else None
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    torch.library.opcheck(_linear_fwd, (inputs[0], inputs[1], targets, inputs[2], 0.7, None, mask))
+    torch.library.opcheck(_linear_fwd, (inputs[0], inputs[1], None, None, 0.7, None, mask))
+    detached = [t.detach() for t in inputs]
+    stats = _linear_fwd(detached[0], detached[1], targets, detached[2], 0.7, None, mask)[2]
+    up = torch.randn(3, 4, generator=generator())
+    for needs in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            _linear_bwd,
+            (detached[0], detached[1], targets, detached[2], 0.7, None, stats, up, None, *needs),
+        )
+
+
+def test_compiles_in_one_graph():
+    hidden, weight, bias, targets = draw((6,), 100, 8, torch.float32)
+    mask = torch.arange(6) % 3 > 0
+
+    def loss(h, w, b):
+        logprobs, entropy = linear_logprobs_and_entropy(
+            h, w, targets, b, 0.8, mask, backend="native"
+        )
+        return (logprobs * 2 + entropy).sum()
+
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        inputs = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+        grads.append(torch.autograd.grad(function(*inputs), inputs))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+PEAK = """
+import resource, sys, torch
+from segkernels import linear_logprobs_and_entropy
+dtype = getattr(torch, sys.argv[1])
+# [tokens, V] logits would take 240 MB in fp32.
+hidden = torch.randn(1500, 64).to(dtype).requires_grad_()
+weight = torch.randn(40_000, 64).to(dtype).mul_(0.1).requires_grad_()
+targets = torch.randint(0, 40_000, (1500,))
+hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
+keep = torch.rand(1500) < 0.9
+def step(n):
+    logprobs, entropy = linear_logprobs_and_entropy(
+        hidden[:n], weight, targets[:n], mask=keep[:n], backend="native"
+    )
+    (logprobs - entropy).sum().backward()
+step(8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(1500)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extra_memory_is_bounded(dtype):
+    """Growth of the peak from 8 tokens to 1,500: below 64 MiB though the logits have 240 MB."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, dtype],
+        env={**os.environ, "PYTHONPATH": str(here.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 64 * 1024  # KiB
+
+
+HIDDEN, WEIGHT = torch.zeros(2, 3, 4), torch.zeros(5, 4)
+TARGETS = torch.zeros(2, 3, dtype=torch.long)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": HIDDEN.long()}, TypeError, "hidden: expected float32, .* got torch.int64"),
+        ({"weight": WEIGHT.int()}, TypeError, "weight: expected float32, .* got torch.int32"),
+        (
+            {"hidden": HIDDEN[..., :0]},
+            ValueError,
+            r"hidden: expected shape \[..., hidden size\], got \[2, 3, 0\]; "
+            "pass the last hidden state of every token",
+        ),
+        (
+            {"weight": WEIGHT.T},
+            ValueError,
+            r"weight: expected shape \[vocabulary, 4\] to fit hidden, got \[4, 5\]; "
+            "pass lm_head.weight",
+        ),
+        (
+            {"weight": WEIGHT.to("meta")},
+            ValueError,
+            r"weight: expected device cpu like hidden, got meta; move it with .to\(hidden.device\)",
+        ),
+        (
+            {"bias": torch.zeros(4)},
+            ValueError,
+            r"bias: expected shape \[5\] to fit weight, got \[4\]; pass lm_head.bias, or None",
+        ),
+        (
+            {"bias": torch.zeros(5, device="meta")},
+            ValueError,
+            "bias: expected device cpu like hidden, got meta; ",
+        ),
+        (
+            {"targets": TARGETS[:, 1:]},
+            ValueError,
+            r"targets: expected shape \[2, 3\] like hidden\[..., 0\], got \[2, 2\]; ",
+        ),
+        (
+            {"targets": TARGETS + 5},
+            ValueError,
+            r"targets: expected token ids in \[0, 5\) or -100, got 5 at \[0, 0\]; ",
+        ),
+        ({"temperature": -1.0}, ValueError, "temperature: expected a positive finite number"),
+        (
+            {"mask": torch.ones(3, dtype=torch.bool)},
+            ValueError,
+            r"mask: expected shape \[2, 3\] like hidden\[..., 0\], got \[3\]; ",
+        ),
+    ],
+)
+def test_errors(backend, change, error, message):
+    arguments = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS}
+    with pytest.raises(error, match=message):
+        linear_logprobs_and_entropy(**{**arguments, **change}, backend=backend)
+
+
+def test_native_has_no_float64():
+    with pytest.raises(BackendError, match="its native implementation has no float64"):
+        linear_logprobs_and_entropy(HIDDEN, WEIGHT.double(), backend="native")

@@ -1,0 +1,575 @@
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close
+
+from segkernels import entropy_from_logits, logprobs_and_entropy, native
+from segkernels.backend import BackendError
+from segkernels.token_stats import _token_stats_bwd, _token_stats_fwd
+
+BACKENDS = ("reference", "native")
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+VOCABS = (1, 2, 3, 31, 33, 1000, 32064)
+NAN, INF = float("nan"), float("inf")
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+storage = pytest.mark.parametrize("dtype", STORAGE, ids=str)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def naive(row, target, temperature):
+    """(logprob, entropy, gradient of each) of one row of Python floats."""
+    z = [x / temperature for x in row]
+    top = max(z)
+    e = [math.exp(x - top) for x in z]
+    p = [x / sum(e) for x in e]
+    log_p = [math.log(x) if x else -INF for x in p]
+    entropy = -sum(a * b for a, b in zip(p, log_p, strict=True) if a)
+    dentropy = [-a * (b + entropy) if a else 0.0 for a, b in zip(p, log_p, strict=True)]
+    dlogprob = [float(v == target) - a for v, a in enumerate(p)]
+    return log_p[target], entropy, dlogprob, dentropy
+
+
+@backends
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_by_token(backend, temperature):
+    logits = torch.randn(4, 7, generator=generator()) * 3
+    logits[1, 2] = logits[1, 5] = -INF
+    targets = torch.tensor([0, 3, 6, 2])
+    logits.requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(logits, targets, temperature, backend=backend)
+    (dlogprobs,) = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)
+    (dentropy,) = torch.autograd.grad(entropy.sum(), logits)
+    for n, row in enumerate(logits.tolist()):
+        logprob, h, dlogprob, dh = naive(row, int(targets[n]), temperature)
+        assert logprobs[n].item() == pytest.approx(logprob, rel=1e-5)
+        assert entropy[n].item() == pytest.approx(h, rel=1e-5)
+        torch.testing.assert_close(dlogprobs[n] * temperature, torch.tensor(dlogprob))
+        torch.testing.assert_close(dentropy[n] * temperature, torch.tensor(dh))
+
+
+def run(backend, logits, targets, temperature=1.0, mask=None, seed=0):
+    """(logprobs, entropy, dlogits) with random upstream gradients."""
+    logits = logits.detach().clone().requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(logits, targets, temperature, mask, backend=backend)
+    up = torch.randn(2, *entropy.shape, generator=generator(seed), dtype=torch.float64)
+    up = up.to(entropy.dtype)
+    (dlogits,) = torch.autograd.grad((logprobs, entropy), logits, (up[0], up[1]))
+    return logprobs.detach(), entropy.detach(), dlogits
+
+
+def check_against_reference(logits, targets, temperature=1.0, mask=None, what=""):
+    double = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    kernel = run("native", logits, targets, temperature, mask)
+    baseline = run("reference", logits, targets, temperature, mask)
+    truth = run("reference", logits.double(), targets, double, mask)
+    assert kernel[2].dtype == logits.dtype
+    assert kernel[0].dtype == kernel[1].dtype == torch.float32
+    for name, k, b, t in zip(
+        ("logprobs", "entropy", "dlogits"), kernel, baseline, truth, strict=True
+    ):
+        assert_close(k, b, t, f"{what} {name}")
+
+
+def draw(rows, vocab, dtype, scale=3.0, seed=0):
+    logits = (torch.randn(rows, vocab, generator=generator(seed)) * scale).to(dtype)
+    return logits, torch.randint(0, vocab, (rows,), generator=generator(seed + 1))
+
+
+def check_random(dtype, vocab, rows=5):
+    logits, targets = draw(rows, vocab, dtype)
+    temperatures = torch.rand(rows, generator=generator(3)) + 0.5
+    check_against_reference(logits, targets, what=f"{dtype} {vocab}")
+    check_against_reference(logits, targets, 0.7, what=f"{dtype} {vocab} at 0.7")
+    check_against_reference(logits, targets, temperatures, what=f"{dtype} {vocab} per row")
+
+
+@storage
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_native_equals_reference(dtype, vocab):
+    check_random(dtype, vocab)
+
+
+def hard_rows(dtype, vocab=1000):
+    """Named rows at the limits of the arithmetic; every one has a distribution."""
+    base = torch.randn(vocab, generator=generator(7))
+    banned = base.clone()
+    banned[torch.arange(vocab) % 3 > 0] = -INF
+    only = torch.full((vocab,), -INF)
+    only[vocab // 2] = 2.0
+    late = torch.full((vocab,), -INF)
+    late[-1], late[-2] = 1.0, 0.5
+    peaked = base.clone()
+    peaked[17] = 80.0
+    rows = {
+        "banned": banned,
+        "one allowed": only,
+        "allowed at the end": late,
+        "peaked": peaked,
+        "far below zero": base - 3e4,
+        "far above zero": base + 3e4,
+        "wide": base * 1e4,
+        "tails": torch.linspace(-200, 0, vocab),
+        "rising": torch.linspace(0, 100, vocab),
+        "subnormal": base * 1e-41,
+    }
+    return {name: row.to(dtype) for name, row in rows.items()}
+
+
+def check_hard(dtype):
+    for name, row in hard_rows(dtype).items():
+        targets = torch.tensor([int(row.double().argmax())])
+        check_against_reference(row[None], targets, what=f"{dtype} {name}")
+        check_against_reference(row[None], targets, 0.5, what=f"{dtype} {name} at 0.5")
+
+
+@storage
+def test_hard_rows(dtype):
+    check_hard(dtype)
+
+
+@backends
+@storage
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_equal_logits_give_log_vocab(backend, dtype, vocab):
+    logits = torch.tensor([-3e4, -1.0, 0.0, 2.0]).to(dtype)[:, None].expand(4, vocab)
+    logprobs, entropy = logprobs_and_entropy(
+        logits, torch.zeros(4, dtype=torch.long), backend=backend
+    )
+    log_vocab = torch.tensor(math.log(vocab), dtype=torch.float32)
+    torch.testing.assert_close(entropy, log_vocab.expand(4), rtol=1.2e-7, atol=0)
+    torch.testing.assert_close(logprobs, -log_vocab.expand(4), rtol=1.2e-7, atol=0)
+
+
+@backends
+@storage
+def test_banned_tokens_add_exactly_nothing(backend, dtype):
+    """The same row with and without its banned tokens, in any place."""
+    kept, targets = draw(3, 37, dtype)
+    wide = torch.full((3, 1037), -INF, dtype=dtype)
+    columns = torch.randperm(1037, generator=generator(5))[:37].sort().values
+    wide[:, columns] = kept
+    few = run(backend, kept, targets)
+    many = run(backend, wide, columns[targets])
+    assert (many[2].index_fill(1, columns, 0) == 0).all()
+    for a, b in ((few[0], many[0]), (few[1], many[1]), (few[2], many[2][:, columns])):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    certain = torch.full((1, 1037), -INF, dtype=dtype)
+    certain[0, 700] = -5.0
+    logprobs, entropy, dlogits = run(backend, certain, torch.tensor([700]))
+    assert logprobs.item() == 0
+    assert entropy.item() == 0
+    assert (dlogits == 0).all()
+
+
+@backends
+@storage
+@pytest.mark.parametrize("place", [0, 5, 998, 999])
+def test_no_distribution_gives_nan(backend, dtype, place):
+    logits = torch.randn(4, 1000, generator=generator()).to(dtype)
+    logits[0, place] = NAN
+    logits[1, place] = INF
+    logits[2] = -INF
+    logprobs, entropy, dlogits = run(backend, logits, torch.tensor([1, 2, 3, 4]))
+    assert logprobs[:3].isnan().all()
+    assert entropy[:3].isnan().all()
+    assert dlogits[:3].isnan().all()
+    assert logprobs[3].isfinite()
+    assert entropy[3].isfinite()
+    assert dlogits[3].isfinite().all()
+
+
+def test_every_nan_stays_nan():
+    bits = torch.tensor([0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32)
+    logits = torch.zeros(5, 40)
+    logits[:, 33] = bits.view(torch.float32)
+    assert entropy_from_logits(logits, backend="native").isnan().all()
+
+
+@backends
+def test_masked_rows_are_transparent(backend):
+    logits, targets = draw(64, 100, torch.float32)
+    mask = torch.rand(64, generator=generator(2)) < 0.6
+    temperatures = torch.rand(64, generator=generator(3)) + 0.5
+    poisoned = logits.masked_fill(~mask[:, None], NAN)
+    garbage = targets.masked_fill(~mask, 10**12)
+    hot = temperatures.masked_fill(~mask, NAN)
+    got = run(backend, poisoned, garbage, hot, mask)
+    alone = run(backend, logits, targets, temperatures)
+    for values in got:
+        assert (values[~mask] == 0).all()
+    for a, b in zip(got[:2], alone[:2], strict=True):
+        assert torch.equal(a[mask], b[mask])
+    assert torch.equal(got[2][mask], alone[2][mask])
+    nothing = run(backend, poisoned, garbage, 1.0, torch.zeros_like(mask))
+    assert all((values == 0).all() for values in nothing)
+
+
+@backends
+def test_ignored_targets(backend):
+    logits, targets = draw(6, 50, torch.float32)
+    targets[::2] = -100
+    logits.requires_grad_()
+    logprobs, entropy = logprobs_and_entropy(logits, targets, backend=backend)
+    assert (logprobs[::2] == 0).all()
+    assert torch.equal(entropy, entropy_from_logits(logits, backend=backend))
+    (dlogits,) = torch.autograd.grad(logprobs.sum(), logits)
+    assert (dlogits[::2] == 0).all()
+    assert (dlogits[1::2] != 0).all()
+
+
+def test_rows_without_upstream_gradient_are_not_read():
+    """Their logits are destroyed between the passes; their gradient is 0, not NaN."""
+    logits, targets = draw(8, 50, torch.float32)
+    _, entropy, stats = _token_stats_fwd(logits, targets, 1.0, None, None)
+    up = torch.zeros_like(entropy)
+    up[3] = 2.0
+    logits[torch.arange(8) != 3] = NAN
+    dlogits = _token_stats_bwd(logits, targets, 1.0, None, stats, None, up)
+    assert (dlogits[3] != 0).all()
+    dlogits[3] = 0
+    assert (dlogits == 0).all()
+
+
+@backends
+@pytest.mark.parametrize("needs", ["logprobs", "entropy"])
+def test_partial_gradients(backend, needs):
+    logits, targets = draw(5, 33, torch.float64)
+    grads = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        x = logits.to(dtype).requires_grad_()
+        outputs = logprobs_and_entropy(x, targets, backend=name)
+        grads.append(torch.autograd.grad(outputs[needs == "entropy"].sum(), x)[0])
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, "tensor"])
+def test_gradcheck_of_the_reference(temperature):
+    logits, targets = draw(4, 6, torch.float64)
+    logits[0, 2] = -INF
+    targets[0] = 1
+    targets[3] = -100
+    mask = torch.tensor([True, True, False, True])
+    if temperature == "tensor":
+        temperature = torch.tensor([0.5, 1.0, NAN, 2.0], dtype=torch.float64)
+    finite = logits.isfinite()
+
+    def stats(x):
+        full = torch.full_like(logits, -INF).masked_scatter(finite, x)
+        return logprobs_and_entropy(full, targets, temperature, mask)
+
+    assert torch.autograd.gradcheck(stats, logits[finite].requires_grad_())
+
+
+@st.composite
+def views(draw_from):
+    """Logits of any leading shape, often a view with gaps."""
+    shape = draw_from(st.sampled_from([(), (4,), (0,), (3, 5), (2, 3, 4), (1, 6), (0, 3)]))
+    vocab = draw_from(st.sampled_from([1, 3, 33, 100]))
+    how = draw_from(st.sampled_from(["plain", "shifted", "transposed", "columns", "expanded"]))
+    dtype = draw_from(st.sampled_from(STORAGE))
+    g = generator(draw_from(st.integers(0, 1000)))
+    if how == "shifted" and len(shape) >= 2:
+        wide = torch.randn(*shape[:-1], shape[-1] + 2, vocab, generator=g)
+        logits = wide.to(dtype)[..., 1:-1, :]
+    elif how == "transposed" and len(shape) >= 2:
+        logits = torch.randn(*shape[::-1], vocab, generator=g).to(dtype)
+        logits = logits.permute(*range(len(shape))[::-1], len(shape))
+    elif how == "columns":
+        logits = torch.randn(*shape, 2 * vocab + 1, generator=g).to(dtype)[..., 1::2]
+    elif how == "expanded" and len(shape) == 2:
+        logits = torch.randn(shape[0], 1, vocab, generator=g).to(dtype).expand(*shape, vocab)
+    else:
+        logits = torch.randn(*shape, vocab, generator=g).to(dtype)
+    targets = torch.randint(0, vocab, shape, generator=g)
+    mask = torch.rand(shape, generator=g) < 0.7 if draw_from(st.booleans()) else None
+    return logits, targets, mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(views())
+def test_any_shape_and_stride(case):
+    logits, targets, mask = case
+    plain = logits.contiguous()
+    got = logprobs_and_entropy(logits, targets, 0.9, mask, backend="native")
+    same = logprobs_and_entropy(plain, targets, 0.9, mask, backend="native")
+    assert torch.equal(got[0], same[0])
+    assert torch.equal(got[1], same[1])
+    check_against_reference(logits, targets, 0.9, mask)
+
+
+def test_shifted_logits_are_not_copied():
+    """A view of all but the last position costs no memory of its size."""
+    logits = torch.zeros(2, 9, 64)[:, :-1]
+    stats = _token_stats_fwd(logits, None, 1.0, None, None)[2]
+    row = native.extension.VocabRows
+    seen = []
+    native_rows = native.extension.vocab_backward
+
+    class Spy:
+        VocabRows = staticmethod(lambda **kw: seen.append(kw["logits"][0]) or row(**kw))
+        vocab_backward = staticmethod(native_rows)
+
+    real, native.extension = native.extension, Spy
+    try:
+        _token_stats_bwd(logits, None, 1.0, None, stats, None, torch.ones(2, 8))
+    finally:
+        native.extension = real
+    assert seen == [logits.data_ptr()]
+
+
+@storage
+def test_threads_and_reruns_are_bitwise_equal(dtype, two_threads):
+    logits, targets = draw(97, 3001, dtype)
+    first = run("native", logits, targets, 0.8)
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        for a, b in zip(run("native", logits, targets, 0.8), first, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    logits, targets = draw(20, 257, torch.float32)
+    order = torch.randperm(20, generator=generator(9))
+    up = torch.randn(20, generator=generator(10))
+
+    def gradient(x, y, u):
+        x = x.clone().requires_grad_()
+        logprobs, entropy = logprobs_and_entropy(x, y, backend="native")
+        return logprobs, entropy, torch.autograd.grad((logprobs * u + entropy).sum(), x)[0]
+
+    for a, b in zip(
+        gradient(logits, targets, up),
+        gradient(logits[order], targets[order], up[order]),
+        strict=True,
+    ):
+        assert torch.equal(a[order], b)
+    for n in range(3):
+        alone = gradient(logits[n : n + 1], targets[n : n + 1], up[n : n + 1])
+        for a, b in zip(gradient(logits, targets, up), alone, strict=True):
+            assert torch.equal(a[n : n + 1], b)
+
+
+def test_exp_over_the_whole_range():
+    """At most 0.9 ulp with fused multiply-add, 1.2 without; 0 below -87.3, NaN from NaN."""
+    lowest = np.float32(-87.3)
+    every = np.arange(0x80000000, int(lowest.view(np.uint32)) + 1, 1009, dtype=np.uint32)
+    x = np.concatenate(
+        [every.view(np.float32), np.linspace(-87.3, 0, 400_003, dtype=np.float32), [lowest]]
+    ).astype(np.float32)
+    out = np.empty_like(x)
+    native.extension.vocab_exp(x.ctypes.data, out.ctypes.data, len(x))
+    truth = np.exp(x.astype(np.float64))
+    ulps = np.abs(out - truth) / np.spacing(truth.astype(np.float32)).astype(np.float64)
+    assert ulps.max() <= (1.2 if "scalar" in native.extension.build_info() else 0.9)
+    assert out[x == 0].tolist() == [1.0] * int((x == 0).sum())
+
+    rest = np.array([np.nextafter(lowest, np.float32(-100)), -1e4, -3e38, -INF], np.float32)
+    native.extension.vocab_exp(rest.ctypes.data, out.ctypes.data, len(rest))
+    assert (out[: len(rest)] == 0).all()
+    quiet = np.array([0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    native.extension.vocab_exp(quiet.ctypes.data, out.ctypes.data, len(quiet))
+    assert np.isnan(out[: len(quiet)]).all()
+
+
+def check_half_storage():
+    """Every bf16 and fp16 value is read exactly, and gradients are rounded to the nearest even."""
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        every = every[every.isfinite()]
+        pairs = torch.stack([every, torch.zeros_like(every)], 1)
+        logprobs, entropy = logprobs_and_entropy(
+            pairs, torch.ones(len(pairs), dtype=torch.long), backend="native"
+        )
+        exact = logprobs_and_entropy(
+            pairs.float(), torch.ones(len(pairs), dtype=torch.long), backend="native"
+        )
+        assert torch.equal(logprobs, exact[0])
+        assert torch.equal(entropy, exact[1])
+        # One certain token of two equal ones: the gradient of its log-probability is up / 2.
+        up = torch.randint(-(2**31), 2**31, (100_000,), generator=generator()).int()
+        up = up.view(torch.float32)
+        up = torch.cat([up, every.float() * 2, every.float() * 2.002, torch.tensor([NAN])])
+        up = up[~up.isinf()]
+        logits = torch.zeros(len(up), 2, dtype=dtype)
+        targets = torch.zeros(len(up), dtype=torch.long)
+        stats = _token_stats_fwd(logits, targets, 1.0, None, None)[2]
+        dlogits = _token_stats_bwd(logits, targets, 1.0, None, stats, up, None)
+        torch.testing.assert_close(
+            dlogits[:, 0], (up * 0.5).to(dtype), rtol=0, atol=0, equal_nan=True
+        )
+
+
+def test_half_storage():
+    check_half_storage()
+
+
+def check_everything():
+    """What must hold for every instruction set; run in a process of its own for each."""
+    for dtype in STORAGE:
+        check_hard(dtype)
+        for vocab in (3, 5000):
+            check_random(dtype, vocab)
+    check_half_storage()
+    test_exp_over_the_whole_range()
+    test_every_nan_stays_nan()
+    print(native.extension.build_info())
+
+
+def in_process(isa, code):
+    here = Path(__file__).parent
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SEGKERNELS_ISA": isa, "PYTHONPATH": str(here.parent)},
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_instruction_set():
+    """The refusal of a name that is none lists what this processor and build can run."""
+    refused = in_process("sse9", "import segkernels.native as n; n.extension.build_info()")
+    message = refused.stderr.strip().splitlines()[-1]
+    found = re.fullmatch(
+        r"ValueError: SEGKERNELS_ISA: expected one that this processor and build run \((.*)\), "
+        r"got 'sse9'; unset it to use the best of them",
+        message,
+    )
+    assert found, message
+    names = found[1].split(", ")
+    assert names[0] == "scalar"
+    for name in names:
+        done = in_process(name, "import test_token_stats as t; t.check_everything()")
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+        assert f"isa {name};" in done.stdout
+
+
+OPCHECK_LOGITS = torch.randn(3, 4, 17, generator=generator())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked):
+    logits = OPCHECK_LOGITS.clone().requires_grad_()
+    targets = torch.randint(0, 17, (3, 4), generator=generator())
+    mask = torch.rand(3, 4, generator=generator()) < 0.5 if masked else None
+    temperatures = torch.full((3, 4), 0.7) if masked else None
+    torch.library.opcheck(_token_stats_fwd, (logits, targets, 1.0, temperatures, mask))
+    torch.library.opcheck(_token_stats_fwd, (logits, None, 0.5, None, mask))
+    stats = _token_stats_fwd(logits, targets, 1.0, temperatures, mask)[2].detach()
+    up = torch.randn(3, 4, generator=generator())
+    torch.library.opcheck(
+        _token_stats_bwd, (logits.detach(), targets, 1.0, temperatures, stats, up, None)
+    )
+
+
+def test_compiles_in_one_graph():
+    logits, targets = draw(6, 100, torch.float32)
+    mask = torch.arange(6) % 3 > 0
+
+    def loss(x):
+        logprobs, entropy = logprobs_and_entropy(x, targets, 0.8, mask, backend="native")
+        return (logprobs * 2 + entropy + entropy_from_logits(x, backend="native")).sum()
+
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x = logits.clone().requires_grad_()
+        grads.append(torch.autograd.grad(function(x), x)[0])
+    assert torch.equal(*grads)
+
+
+LOGITS = torch.zeros(2, 3, 5)
+TARGETS = torch.zeros(2, 3, dtype=torch.long)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"logits": LOGITS.long()},
+            TypeError,
+            r"logits: expected float32, bfloat16, float16 or float64, got torch.int64; "
+            r"pass logits.float\(\)",
+        ),
+        (
+            {"logits": LOGITS[..., :0]},
+            ValueError,
+            r"logits: expected shape \[..., vocabulary\], got \[2, 3, 0\]; "
+            "pass one row of at least one logit per token",
+        ),
+        (
+            {"targets": TARGETS[:, 1:]},
+            ValueError,
+            r"targets: expected shape \[2, 3\] like logits\[..., 0\], got \[2, 2\]; ",
+        ),
+        (
+            {"targets": TARGETS.float()},
+            TypeError,
+            r"targets: expected integer token ids, got torch.float32; pass targets.long\(\)",
+        ),
+        (
+            {"targets": TARGETS + torch.tensor([0, 0, 5])},
+            ValueError,
+            r"targets: expected token ids in \[0, 5\) or -100, got 5 at \[0, 2\]; "
+            "logits and targets must share one tokenizer",
+        ),
+        ({"targets": TARGETS - 1}, ValueError, r"targets: expected .* got -1 at \[0, 0\]; "),
+        (
+            {"mask": torch.ones(2, 4, dtype=torch.bool)},
+            ValueError,
+            r"mask: expected shape \[2, 3\] like logits\[..., 0\], got \[2, 4\]; ",
+        ),
+        (
+            {"mask": torch.ones(2, 3)},
+            TypeError,
+            r"mask: expected bool, got torch.float32; pass mask.bool\(\)",
+        ),
+        (
+            {"temperature": 0.0},
+            ValueError,
+            "temperature: expected a positive finite number, got 0.0; "
+            "1.0 leaves the logits as they are",
+        ),
+        ({"temperature": NAN}, ValueError, "temperature: expected a positive .* got nan; "),
+        ({"temperature": INF}, ValueError, "temperature: expected a positive .* got inf; "),
+        (
+            {"temperature": torch.tensor([[1.0, 1.0, -2.0]] * 2)},
+            ValueError,
+            r"temperature: expected a positive finite number, got -2.0 at \[0, 2\]; ",
+        ),
+        (
+            {"temperature": torch.ones(3)},
+            ValueError,
+            r"temperature: expected shape \[2, 3\] like logits\[..., 0\], got \[3\]; ",
+        ),
+        (
+            {"temperature": torch.ones(2, 3, dtype=torch.long)},
+            TypeError,
+            "temperature: expected float32, ",
+        ),
+    ],
+)
+def test_errors(backend, change, error, message):
+    arguments = {"logits": LOGITS, "targets": TARGETS, "mask": None, "temperature": 1.0}
+    with pytest.raises(error, match=message):
+        logprobs_and_entropy(**{**arguments, **change}, backend=backend)
+
+
+def test_native_has_no_float64():
+    with pytest.raises(BackendError, match="its native implementation has no float64"):
+        entropy_from_logits(LOGITS.double(), backend="native")
+    assert entropy_from_logits(LOGITS.double()).dtype == torch.float64
