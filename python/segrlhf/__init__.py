@@ -1,0 +1,1 @@
+"""segrlhf: preference pairs to segment reward model, normaliser and PPO policy."""
