@@ -183,7 +183,7 @@ def test_gradients(backend):
 
 
 def test_gradcheck():
-    case = CASES["one action token"]
+    case = CASES["two tokens"]
     tokens, params = draw(case, torch.float64)
     hidden = tokens.pop("hidden").masked_fill(~case.mask[:, None], 0.0).requires_grad_()
     weight, bias = (t.requires_grad_() for t in params.values())

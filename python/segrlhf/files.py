@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +113,23 @@ def claim_output_dir(output_dir: str | Path, resume: bool) -> None:
             "--resume_from_checkpoint true"
         )
     path.mkdir(parents=True, exist_ok=True)
+    _mend(path)
+
+
+def _mend(directory: Path) -> None:
+    """Clears away what a killed process was writing, and puts back what it had set aside."""
+    for item in directory.glob(".*.old"):
+        place = directory / re.sub(r"(\.\d+)?\.old$", "", item.name[1:])
+        cut_off = (item / COMPLETE).is_file() and not (place / COMPLETE).is_file()
+        if cut_off and place.is_dir():
+            shutil.rmtree(place)
+        if not place.exists():
+            os.replace(item, place)
+    for item in (*directory.glob(".*.part"), *directory.glob(".*.old")):
+        if item.is_dir():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
 
 
 def resolve_resume(output_dir: str | Path, resume: str | bool | None) -> Path | None:

@@ -81,6 +81,22 @@ def test_output_dir_with_files_is_refused(tmp_path):
     assert (tmp_path / "new").is_dir()
 
 
+def test_resuming_clears_what_a_killed_process_left(tmp_path):
+    for name in (".checkpoint-2.77.part", ".checkpoint-1.77.old", ".model.77.old", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    (tmp_path / ".metrics.jsonl.77.part").write_text("half")
+    (tmp_path / "checkpoint-3").mkdir()  # being written again when the process died
+    (tmp_path / ".checkpoint-3.old").mkdir()
+    files.mark_complete(tmp_path / ".checkpoint-3.old", 3)
+    files.claim_output_dir(tmp_path, resume=True)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["checkpoint-1", "checkpoint-3", "model"]
+    assert files.last_checkpoint(tmp_path).name == "checkpoint-3"
+    assert (tmp_path / "checkpoint-1" / "weights").read_text() == ".checkpoint-1.77.old"
+    assert (tmp_path / "model" / "weights").read_text() == "model"
+
+
 def test_resume_from(tmp_path):
     assert files.resolve_resume(tmp_path, None) is None
     assert files.resolve_resume(tmp_path, "false") is None

@@ -1,0 +1,206 @@
+"""``segrlhf <command>``: flags over ``--config run.yaml`` over ``--preset``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib
+import json
+import os
+import sys
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import NonFiniteError, UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    module: str
+    configs: tuple[str, ...]  # "module:Class", in the order that run() takes them
+    summary: str
+
+
+_MODEL, _DATA = "configs:ModelConfig", "configs:DataConfig"
+COMMANDS = {
+    "segment": Command(
+        "segmenter",
+        (_MODEL, _DATA, "segmenter:SegmentConfig"),
+        "entropies of a frozen LM over pairs, once; segments per response for several thresholds",
+    ),
+    "reward": Command(
+        "reward_trainer",
+        (_MODEL, _DATA, "reward_trainer:RewardConfig"),
+        "train a bandit, token or segment reward model from preference pairs",
+    ),
+    "fit-normalizer": Command(
+        "normalizer_fit",
+        (_DATA, "normalizer_fit:FitConfig"),
+        "fit mean and std of a reward model's rewards over position",
+    ),
+    "ppo": Command(
+        "ppo", (_MODEL, _DATA, "ppo:PPOConfig"), "train a policy with the reward model by PPO"
+    ),
+    "score": Command(
+        "evaluate",
+        (_DATA, "evaluate:ScoreConfig"),
+        "score responses, segment by segment, to jsonl or a coloured html page",
+    ),
+    "demo": Command(
+        "demo", ("demo:DemoConfig",), "the whole method on a small model made on the spot"
+    ),
+}
+
+EXIT_USER, EXIT_NON_FINITE, EXIT_DISK, EXIT_INTERRUPTED = 2, 3, 4, 130
+
+# Of transformers.TrainingArguments' flags, the ones that --help shows; --help_all shows all.
+COMMON_TRAINING_FLAGS = {
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs",
+    "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "bf16", "seed",
+    "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
+    "save_total_limit", "report_to", "resume_from_checkpoint", "label_smoothing_factor",
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; exit status 0, or 2 bad input, 3 non-finite, 4 disk full, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("segkernels"))
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _fail("", f"expected one of {', '.join(COMMANDS)}, got {name!r}{hint}", EXIT_USER)
+    try:
+        configs = parse(name, rest)
+        importlib.import_module(f".{COMMANDS[name].module}", __package__).run(*configs)
+    except UserError as error:
+        return _fail(name, error, EXIT_USER)
+    except NonFiniteError as error:
+        return _fail(name, error, EXIT_NON_FINITE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(name, f"{error}; what was there before is intact, free some space", EXIT_DISK)
+    except KeyboardInterrupt as stop:
+        return _fail(name, f"interrupted; {stop}" if str(stop) else "interrupted", EXIT_INTERRUPTED)
+    return 0
+
+
+def _fail(name: str, error: object, status: int) -> int:
+    print(f"{f'segrlhf {name}'.strip()}: {error}", file=sys.stderr)
+    return status
+
+
+def _usage() -> str:
+    lines = ["usage: segrlhf <command> [--config run.yaml] [--preset NAME] [flags]", ""]
+    lines += [f"  {name:15} {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "segrlhf <command> --help lists the flags of a command."]
+    return "\n".join(lines)
+
+
+def parse(name: str, argv: list[str]) -> tuple[Any, ...]:
+    """The dataclass instances of command ``name`` from its flags, config file and preset."""
+    front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    front.add_argument("--config", help="YAML file of flags; the command line wins over it.")
+    front.add_argument("--preset", help="A published system; the config file wins over it.")
+    chosen, flags = front.parse_known_args(argv)
+
+    parser = _parser(name, front, show_all="--help_all" in flags)
+    if "--help_all" in flags:
+        flags = ["--help"]
+    known = {action.dest for action in parser._actions}
+    tokens: list[str] = []
+    if chosen.preset:
+        from .presets import preset
+
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        tokens += _tokens(preset(chosen.preset, name, world_size), known, "preset")
+    if chosen.config:
+        tokens += _tokens(_read_yaml(chosen.config), known, chosen.config)
+    found = parser.parse_args_into_dataclasses([*tokens, *flags], look_for_args_file=False)
+    return found[: len(COMMANDS[name].configs)]  # what remains is --config and --preset
+
+
+def _parser(name: str, front: argparse.ArgumentParser, show_all: bool) -> Any:
+    try:
+        from transformers import HfArgumentParser, TrainingArguments
+    except ImportError as error:
+        raise UserError(
+            f"segrlhf: expected the training stack, got {error}; pip install 'segkernels[train]'"
+        ) from error
+
+    classes = []
+    for config in COMMANDS[name].configs:
+        module, _, cls = config.partition(":")
+        classes.append(getattr(importlib.import_module(f".{module}", __package__), cls))
+    parser = HfArgumentParser(
+        classes,
+        parents=[front],
+        prog=f"segrlhf {name}",
+        description=COMMANDS[name].summary,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    training = next((c for c in classes if issubclass(c, TrainingArguments)), None)
+    if training is not None:
+        parser.add_argument("--help_all", action="store_true", help="Also list rare flags.")
+        own = {f.name for f in fields(training)} - {f.name for f in fields(TrainingArguments)}
+        rare = {f.name for f in fields(TrainingArguments)} - COMMON_TRAINING_FLAGS - own
+        for action in parser._actions:
+            if action.dest in rare and not show_all:
+                action.help = argparse.SUPPRESS
+    for action in parser._actions:
+        # One spelling is enough for a reader; both are accepted.
+        action.option_strings.sort(key=lambda option: "-" in option[2:])
+    return parser
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as handle:
+            values = yaml.safe_load(handle)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"config: expected a readable YAML file, got {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"config: expected a mapping of flags in {path}, got {type(values).__name__}; "
+            "write one 'flag: value' a line"
+        )
+    return values
+
+
+def _tokens(values: dict[str, Any], known: set[str], source: str) -> list[str]:
+    """A mapping as command-line words, so that one parser checks everything."""
+    tokens: list[str] = []
+    for key, value in values.items():
+        dest = str(key).replace("-", "_")
+        if dest not in known:
+            near = difflib.get_close_matches(dest, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else "; see --help"
+            raise UserError(f"{source}: expected a flag of this command, got {key!r}{hint}")
+        if value is None:
+            continue
+        tokens.append(f"--{dest}")
+        if isinstance(value, dict):
+            tokens.append(json.dumps(value))
+        elif isinstance(value, list):
+            tokens += [str(item) for item in value]
+        else:
+            tokens.append(str(value))
+    return tokens
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,567 @@
+"""PPO: exact over processes, micro-batches and restarts; learns; stops with messages that help."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from segkernels import LocationNormalizer, segment_scores
+from segrlhf import ppo, presets
+from segrlhf.configs import DataConfig, ModelConfig
+from segrlhf.errors import NonFiniteError, UserError
+from segrlhf.files import last_checkpoint
+from segrlhf.modeling import SegmentRewardModel
+from segrlhf.ppo import PPOConfig, PPOTrainer, build_normalizer, run
+from segrlhf.rollout import Rollout
+
+WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstu"]
+PROMPTS = ["a b c", "d", "e f", "g h i j", "k l", "m"]
+MODEL = LlamaConfig(
+    vocab_size=len(WORDS),
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    initializer_range=0.3,
+)
+
+
+def make_tokenizer(words=WORDS):
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return FastTokenizer(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def lm(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lm")
+    torch.manual_seed(0)
+    LlamaForCausalLM(MODEL).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def rm(lm, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rm")
+    model = SegmentRewardModel.from_causal_lm(lm, "segment", 2.0, lm, seed=3)
+    model.normalizer = LocationNormalizer(0.1, 0.2, 0.3, 1.5)
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return str(path)
+
+
+FLAGS = {
+    "total_episodes": 32,
+    "rollout_batch_size": 8,
+    "mini_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    "generation_batch_size": 3,
+    "response_length": 10,
+    "learning_rate": 1e-2,
+    "value_learning_rate": 2e-2,
+    "num_ppo_epochs": 2,
+    "save_steps": 0,
+    "use_cpu": True,
+}
+
+
+def make_config(out, rm="rm", **changes):
+    return PPOConfig(output_dir=str(out), reward_model=rm, **{**FLAGS, **changes})
+
+
+def rows(texts=PROMPTS):
+    tokenizer = make_tokenizer()
+    return [{"prompt": text, "prompt_ids": tokenizer(text).input_ids} for text in texts]
+
+
+def make_trainer(lm, rm, out, reward_model=None, eval_prompts=None, eval_fn=None, **changes):
+    return PPOTrainer(
+        AutoModelForCausalLM.from_pretrained(lm),
+        SegmentRewardModel.from_pretrained(rm) if reward_model is None else reward_model,
+        make_tokenizer(),
+        rows(),
+        make_config(out, rm, **changes),
+        eval_prompts=eval_prompts,
+        eval_fn=eval_fn,
+    )
+
+
+def weights(path):
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def same_weights(one, two):
+    assert one.keys() == two.keys()
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+TIMING = ("seconds", "eps")
+
+
+def numbers(history):
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in history]
+
+
+def assert_same_numbers(one, two, rel=2e-3):
+    assert [line.keys() for line in one] == [line.keys() for line in two]
+    for a, b in zip(numbers(one), numbers(two), strict=True):
+        assert a == pytest.approx(b, rel=rel, abs=1e-4)
+
+
+def test_train_writes_policy_and_metrics(lm, rm, tmp_path):
+    trainer = make_trainer(lm, rm, tmp_path, save_steps=2, save_total_limit=1)
+    history = trainer.train()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history
+    assert [line["update"] for line in history] == [1, 2, 3, 4]
+    assert history[-1]["episode"] == 32
+    first = history[0]
+    expected = {
+        "objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward",
+        "objective/scores", "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg",
+        "loss/value_avg", "val/clipfrac_avg", "val/ratio", "val/num_eos_tokens", "lr", "episode",
+        "segments/per_response", "segments/tokens_per_segment", "rewards/clipped_share",
+        "normalizer/mean_drift", "normalizer/std_drift",
+    }  # fmt: skip
+    assert expected <= first.keys()
+    assert all(math.isfinite(value) for line in history for value in line.values())
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert history[-1]["objective/kl"] > 0.01
+    assert first["segments/per_response"] > 1.5
+    assert not same_weights(weights(tmp_path), weights(lm))
+    assert same_weights(weights(tmp_path), trainer.module.policy.state_dict())
+    assert make_tokenizer().get_vocab() == FastTokenizer.from_pretrained(tmp_path).get_vocab()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_the_first_minibatch_has_ratio_one(lm, rm, tmp_path):
+    trainer = make_trainer(lm, rm, tmp_path, num_ppo_epochs=1, mini_batch_size=8, total_episodes=8)
+    (line,) = trainer.train()
+    assert line["val/ratio"] == 1.0
+    assert line["policy/approxkl_avg"] == 0.0
+    assert line["policy/clipfrac_avg"] == 0.0
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_micro_batches_do_not_matter(lm, rm, tmp_path, aggregation):
+    flags = {"loss_aggregation": aggregation, "total_episodes": 16}
+    whole = make_trainer(lm, rm, tmp_path / "4", per_device_train_batch_size=4, **flags)
+    parts = make_trainer(lm, rm, tmp_path / "3", per_device_train_batch_size=3, **flags)
+    assert_same_numbers(whole.train(), parts.train())
+    for a, b in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(lm, rm, tmp_path):
+    plain = make_trainer(lm, rm, tmp_path / "plain", total_episodes=16)
+    saving = make_trainer(
+        lm, rm, tmp_path / "saving", total_episodes=16, gradient_checkpointing=True
+    )
+    assert_same_numbers(plain.train(), saving.train())
+
+
+def test_bf16_keeps_trained_weights_in_fp32(lm, rm, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    try:
+        trainer = make_trainer(lm, rm, tmp_path, total_episodes=16, mixed_precision="bf16")
+        history = trainer.train()
+    finally:
+        AcceleratorState._reset_state()
+    assert history[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert all(math.isfinite(value) for line in history for value in line.values())
+    assert {p.dtype for p in trainer.module.parameters()} == {torch.float32}
+
+
+def test_trackers(lm, rm, tmp_path):
+    make_trainer(lm, rm, tmp_path, total_episodes=8, report_to=["tensorboard"]).train()
+    assert list(tmp_path.glob("segrlhf-ppo/events*"))
+    with pytest.raises(UserError, match=r"report_to: expected none or trackers .* got abacus; pip"):
+        make_trainer(lm, rm, tmp_path / "other", report_to=["abacus"])
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_presets_are_valid_flags(tmp_path, name):
+    own = {f.name for f in dataclasses.fields(PPOConfig)}
+    flags = {k: v for k, v in presets.preset(name, "ppo").items() if k in own}
+    config = PPOConfig(output_dir=str(tmp_path), **flags)
+    assert config.rollout_batch_size == 1024
+    shared = {f.name for c in (ModelConfig, DataConfig) for f in dataclasses.fields(c)}
+    assert presets.preset(name, "ppo").keys() <= own | shared
+
+
+def command(lm, rm, prompts, out, *more, **changes):
+    flags = {
+        "model_name_or_path": lm, "reward_model": rm, "dataset_name": prompts, "output_dir": out,
+        **FLAGS, **changes,
+    }  # fmt: skip
+    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    return ["-m", "segrlhf.cli", "ppo", *words, *more]
+
+
+def environment():
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root / "python"), str(root), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_train_to_the_same_losses(lm, rm, prompts, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = command(lm, rm, prompts, tmp_path / "two", normalizer="running")
+    launch += ["--nproc_per_node", "2", *words]
+    done = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    two = [json.loads(x) for x in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    trainer = make_trainer(lm, rm, tmp_path / "one", normalizer="running")
+    assert_same_numbers(trainer.train(), two)
+    one, other = trainer.module.policy.state_dict(), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-3)
+
+
+def test_resume_after_kill_gives_the_same_weights(lm, rm, prompts, tmp_path):
+    flags = {"total_episodes": 160, "save_steps": 2, "normalizer": "running", "kl_target": 0.5}
+    words = command(lm, rm, prompts, tmp_path / "cut", **flags)
+    with subprocess.Popen(
+        [sys.executable, *words], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 90
+        while not (tmp_path / "cut" / "checkpoint-4" / "complete.json").is_file():
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+    killed_at = int(last_checkpoint(tmp_path / "cut").name.rpartition("-")[2])
+    assert 4 <= killed_at < 20
+    resumed = make_trainer(lm, rm, tmp_path / "cut", resume_from_checkpoint="true", **flags)
+    history = resumed.train()
+    whole = make_trainer(lm, rm, tmp_path / "whole", **flags)
+    assert numbers(whole.train()) == numbers(history)
+    assert same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in lines] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_saves_and_says_how_to_go_on(lm, rm, tmp_path, kind):
+    trainer = make_trainer(lm, rm, tmp_path / "cut")
+    step = trainer._step
+
+    def interrupted_step(*args):
+        trainer._step = step
+        signal.raise_signal(kind)
+        step(*args)
+
+    trainer._step = interrupted_step
+    with pytest.raises(
+        KeyboardInterrupt,
+        match=r"after update 1 of 4, saved as .*checkpoint-1; go on with --resume",
+    ):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = make_trainer(lm, rm, tmp_path / "cut", resume_from_checkpoint="true")
+    assert len(resumed.train()) == 4
+    make_trainer(lm, rm, tmp_path / "whole").train()
+    assert same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_non_finite_reward_names_update_prompts_and_checkpoint(lm, rm, tmp_path):
+    trainer = make_trainer(lm, rm, tmp_path)
+    forward = trainer.reward_model.forward
+
+    def broken(ids, **kwargs):
+        rewards = forward(ids, **kwargs)
+        if trainer.done == 2:
+            rewards[ids[:, 0] == rows()[3]["prompt_ids"][0]] = torch.nan
+        return rewards
+
+    trainer.reward_model.forward = broken
+    with pytest.raises(
+        NonFiniteError,
+        match=r"update 3: .* in rewards for prompts \[3\] .* in .*checkpoint-2; look",
+    ):
+        trainer.train()
+    saved = last_checkpoint(tmp_path)
+    assert saved.name == "checkpoint-2"
+    assert same_weights(weights(saved / "policy"), trainer.module.policy.state_dict())
+
+
+def test_non_finite_loss_leaves_the_weights_alone(lm, rm, tmp_path):
+    trainer = make_trainer(lm, rm, tmp_path)
+    reward = trainer._reward
+
+    def broken(*args):
+        experience = reward(*args)
+        experience.advantages[4:] = torch.inf
+        return experience
+
+    trainer._reward = broken
+    with pytest.raises(NonFiniteError, match=r"update 1: .* in gradient of the loss for prompts"):
+        trainer.train()
+    saved = weights(last_checkpoint(tmp_path) / "policy")
+    assert all(w.isfinite().all() for w in saved.values())
+    assert not same_weights(saved, weights(lm))  # the first minibatch was sound
+
+
+class CountsA(torch.nn.Module):
+    """Pays 1 for every "a"; anything else of a reward model that PPO needs, token by token."""
+
+    granularity, normalizer, config = "token", None, MODEL
+
+    def forward(self, ids, attention_mask):
+        return (ids == WORDS.index("a")).float()
+
+    def segment_ends(self, entropy, mask, terminated):
+        return mask
+
+
+@pytest.mark.parametrize("credit", ["segments", "final"])
+def test_it_learns(lm, rm, tmp_path, credit):
+    trainer = make_trainer(
+        lm, rm, tmp_path, reward_model=CountsA(), normalizer="none", reward_credit=credit,
+        total_episodes=640, rollout_batch_size=64, mini_batch_size=32,
+        per_device_train_batch_size=32, generation_batch_size=64, kl_coef=0.0,
+        learning_rate=3e-3, value_learning_rate=3e-3,
+    )  # fmt: skip
+    history = trainer.train()
+    assert history[-1]["objective/scores"] > 3 * history[0]["objective/scores"]
+
+
+@pytest.mark.parametrize("source", ["policy", "reward", "PATH"])
+def test_value_model_starts_from(lm, rm, tmp_path, source):
+    trainer = make_trainer(lm, rm, tmp_path, value_model=rm if source == "PATH" else source)
+    value, reward = trainer.module.value, trainer.reward_model
+    ids = torch.tensor([[1, 5, 6, 7]])
+    values = ppo.state_values(value, ids, torch.ones_like(ids)).detach()
+    if source == "policy":
+        assert values.count_nonzero() == 0
+        hidden, theirs = value.base_model(ids)[0], trainer.module.policy.base_model(ids)[0]
+        torch.testing.assert_close(hidden, theirs)
+    else:
+        torch.testing.assert_close(values[:, 1:], reward(ids)[:, :-1])
+        assert value is not reward
+
+
+def test_prompts_are_seen_once_an_epoch_in_a_seeded_order(lm, rm, tmp_path):
+    trainer = make_trainer(lm, rm, tmp_path / "a", rollout_batch_size=4)
+    seen = [trainer._prompt_at(row) for row in range(3 * len(PROMPTS))]
+    epochs = [seen[i : i + len(PROMPTS)] for i in range(0, len(seen), len(PROMPTS))]
+    assert all(sorted(epoch) == list(range(len(PROMPTS))) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    again = make_trainer(lm, rm, tmp_path / "b", rollout_batch_size=4)
+    assert again._prompt_at(13) == seen[13]
+    other = make_trainer(lm, rm, tmp_path / "c", rollout_batch_size=4, seed=1)
+    assert [other._prompt_at(row) for row in range(len(seen))] != seen
+
+
+def one_rollout():
+    """Three responses of 4, 3 and 2 tokens after a prompt of one; the first was cut."""
+    lengths = torch.tensor([5, 4, 3])
+    attention = torch.arange(6) < lengths[:, None]
+    action = attention.clone()
+    action[:, 0] = False
+    return Rollout(
+        torch.where(attention, 3, 0), attention.long(), action, torch.tensor([False, True, True])
+    )
+
+
+def test_final_credit_pays_the_mean_of_the_segments_at_the_last_token(lm, rm, tmp_path):
+    trainer = make_trainer(lm, rm, tmp_path, reward_credit="final", normalizer="none")
+    rollout = one_rollout()
+    rewards = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    ends = trainer.reward_model.segment_ends(
+        torch.tensor([[0, 0, 9.0, 0, 9, 0]]).expand(3, 6), rollout.action_mask, rollout.terminated
+    )
+    paid, paid_ends, _ = trainer._credit(rewards, ends, rollout)
+    assert torch.equal(paid_ends, rollout.action_mask)
+    mean = segment_scores(rewards, ends, rollout.action_mask, reduction="mean")
+    last = torch.tensor([4, 3, 2])
+    torch.testing.assert_close(paid[torch.arange(3), last], mean)
+    assert paid.count_nonzero() == 3
+
+
+def test_rules_for_overlong_and_unfinished_responses(lm, rm, tmp_path):
+    rollout = one_rollout()
+    rewards, ends = torch.ones(3, 6), rollout.action_mask
+    flags = {"normalizer": "none", "reward_reduction": "sum"}
+    trainer = make_trainer(lm, rm, tmp_path / "a", overlong_tokens=2, **flags)
+    paid, _, _ = trainer._credit(rewards, ends, rollout)
+    expected = torch.zeros(3, 6)
+    expected[0, 1:5] = expected[1, 1:4] = -0.05
+    expected[2, 1:3] = 1
+    torch.testing.assert_close(paid, expected)
+    trainer = make_trainer(lm, rm, tmp_path / "b", missing_eos_penalty=3.0, **flags)
+    paid, _, _ = trainer._credit(rewards, ends, rollout)
+    expected = rollout.action_mask.float()
+    expected[0, 4] = 1 - 3
+    torch.testing.assert_close(paid, expected)
+
+
+def test_evaluation(lm, rm, tmp_path):
+    calls = []
+
+    def gold(responses, prompts):
+        calls.append((responses, prompts))
+        return [float(text.count("a")) for text in responses]
+
+    trainer = make_trainer(
+        lm, rm, tmp_path, eval_prompts=rows(PROMPTS[:3]), eval_fn=gold, eval_steps=3
+    )
+    history = trainer.train()
+    assert [line["update"] for line in history if "eval/gold" in line] == [0, 3, 4]
+    assert history[0]["eval/kl"] == pytest.approx(0, abs=1e-4)
+    assert history[-1]["eval/kl"] > 0.01
+    expected = {"scores", "kl", "gold", "segments_per_response", "distinct_bigrams"}
+    assert {f"eval/{name}" for name in (*expected, "response_length")} <= history[-1].keys()
+    responses, prompts = calls[0]
+    assert prompts == PROMPTS[:3]
+    assert "</s>" not in "".join(responses)
+    assert history[0]["eval/gold"] == sum(text.count("a") for text in responses) / 3
+
+
+def test_adaptive_kl_moves_beta_towards_the_target(lm, rm, tmp_path):
+    flags = {"kl_target": 1e-3, "kl_horizon": 80, "kl_coef": 0.05}
+    history = make_trainer(lm, rm, tmp_path, **flags).train()
+    betas = [line["objective/kl_coef"] for line in history]
+    assert betas[0] == 0.05
+    assert betas[1] == pytest.approx(0.05 * (1 - 0.2 * 8 / 80))  # no KL yet: below the target
+    assert betas[3] > betas[2]
+
+
+def test_normalizer_choices(rm, lm, tmp_path):
+    model = SegmentRewardModel.from_pretrained(rm)
+    assert build_normalizer(make_config(tmp_path), model) == model.normalizer
+    assert build_normalizer(make_config(tmp_path, normalizer="none"), model) is None
+    line = make_config(tmp_path, normalizer="line", normalizer_line=[0.1, 0.2, 0.3, 1.5])
+    assert build_normalizer(line, model) == model.normalizer
+    scalar = make_config(tmp_path, normalizer="scalar", normalizer_scalar=[1.0, 2.0])
+    assert build_normalizer(scalar, model).std(torch.tensor([0.5])) == 2.0
+    model.normalizer = None
+    with pytest.raises(UserError, match="got none; run segrlhf fit-normalizer --reward_model rm"):
+        build_normalizer(make_config(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": "best"}, "normalizer: expected one of auto, none, running, line, scalar"),
+        ({"reward_credit": "all"}, "reward_credit: expected one of segments, final, got 'all'"),
+        ({"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
+        ({"total_episodes": 0}, "total_episodes: expected more than 0, got 0"),
+        ({"mini_batch_size": 3}, "mini_batch_size: expected a divisor of rollout_batch_size 8"),
+        ({"normalizer": "line"}, "normalizer_line: expected 4 numbers with --normalizer line"),
+        ({"normalizer_scalar": [0.0, 1.0]}, "normalizer_scalar: expected 2 numbers with"),
+        ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected one of .*, got 'sine'"),
+    ],
+)
+def test_bad_flags(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        make_config(tmp_path, **changes)
+
+
+def test_evaluation_without_prompts(lm, rm, tmp_path):
+    with pytest.raises(UserError, match="eval_steps: expected prompts to evaluate on, got none"):
+        make_trainer(lm, rm, tmp_path, eval_steps=1)
+
+
+def test_output_dir_that_is_not_empty_is_left_alone(lm, rm, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="output_dir: expected a new or empty directory"):
+        make_trainer(lm, rm, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
+
+
+def test_checkpoint_of_another_run(lm, rm, tmp_path):
+    make_trainer(lm, rm, tmp_path, save_steps=2, total_episodes=16).train()
+    other = make_trainer(lm, rm, tmp_path, seed=1, resume_from_checkpoint="true")
+    with pytest.raises(UserError, match=r"another run's: seed 0 \(now 1\); repeat the first"):
+        other.train()
+
+
+def test_disk_full_keeps_earlier_checkpoints(lm, rm, tmp_path, monkeypatch):
+    trainer = make_trainer(lm, rm, tmp_path, save_steps=1)
+    save = ppo.save_file
+
+    def full(*args):
+        if trainer.done == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(ppo, "save_file", full)
+    with pytest.raises(
+        UserError, match=r"write .*checkpoint-2, got .*No space left.* free some space and go on"
+    ):
+        trainer.train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "metrics.jsonl"}
+    monkeypatch.undo()
+    resumed = make_trainer(lm, rm, tmp_path, save_steps=1, resume_from_checkpoint="true")
+    assert len(resumed.train()) == 4
+
+
+def arguments(lm, rm, prompts, out, **changes):
+    return ModelConfig(lm), DataConfig(prompts), make_config(out, rm, **changes)
+
+
+def test_run_names_the_entropy_model(lm, rm, prompts, tmp_path, capsys):
+    flags = {"total_episodes": 8}
+    run(*arguments(lm, rm, prompts, tmp_path / "same", **flags))
+    assert f"by the entropy of {lm}, the reference policy" in capsys.readouterr().out
+    other = tmp_path / "other"
+    torch.manual_seed(5)
+    LlamaForCausalLM(MODEL).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    flags["entropy_model"] = str(other)
+    last = run(*arguments(lm, rm, prompts, tmp_path / "another", **flags))
+    assert f"by the entropy of {other}, which is not the ref" in capsys.readouterr().out
+    assert last["update"] == 1
+
+
+def test_run_refuses_a_reward_model_of_another_tokenizer(lm, prompts, tmp_path):
+    other = tmp_path / "rm"
+    SegmentRewardModel.from_causal_lm(lm, "token").save_pretrained(other)
+    make_tokenizer([*WORDS[:-1], "zebra"]).save_pretrained(other)
+    with pytest.raises(UserError, match="reward model: expected the policy's tokenizer"):
+        run(*arguments(lm, str(other), prompts, tmp_path / "out"))
+
+
+def test_run_refuses_lora(lm, rm, prompts, tmp_path):
+    _, data, config = arguments(lm, rm, prompts, tmp_path)
+    with pytest.raises(UserError, match="use_peft: expected false for ppo"):
+        run(ModelConfig(lm, use_peft=True), data, config)
