@@ -234,7 +234,7 @@ def _gae_fwd(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    advantages, returns = torch.empty(rewards.shape), torch.empty(rewards.shape)
+    advantages, returns = native.empty(*rewards.shape), native.empty(*rewards.shape)
     native.extension.gae_fwd(
         native.floats(rewards),
         native.floats(values),
@@ -251,7 +251,7 @@ def _gae_fwd(
 
 @_gae_fwd.register_fake
 def _(rewards, *_):
-    return torch.empty(rewards.shape), torch.empty(rewards.shape)
+    return native.empty(*rewards.shape), native.empty(*rewards.shape)
 
 
 @torch.library.custom_op("segkernels::segment_advantages_fwd", mutates_args=(), device_types="cpu")
@@ -274,7 +274,7 @@ def _segment_advantages_fwd(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    advantages, returns, token_rewards, kl = (torch.empty(rewards.shape) for _ in range(4))
+    advantages, returns, token_rewards, kl = (native.empty(*rewards.shape) for _ in range(4))
     native.extension.segment_advantages_fwd(
         native.floats(rewards),
         native.ptr(ends),
@@ -301,12 +301,12 @@ def _segment_advantages_fwd(
 
 @_segment_advantages_fwd.register_fake
 def _(rewards, *_):
-    return tuple(torch.empty(rewards.shape) for _ in range(4))
+    return tuple(native.empty(*rewards.shape) for _ in range(4))
 
 
 @torch.library.custom_op("segkernels::moments_fwd", mutates_args=(), device_types="cpu")
 def _moments_fwd(x: Tensor, mask: Tensor) -> Tensor:
-    moments = torch.empty(3, dtype=torch.float64)
+    moments = native.empty(3, dtype=torch.float64)
     native.extension.moments_fwd(
         native.floats(x), native.ptr(mask), x.numel(), native.ptr(moments), native.threads()
     )
@@ -315,12 +315,12 @@ def _moments_fwd(x: Tensor, mask: Tensor) -> Tensor:
 
 @_moments_fwd.register_fake
 def _(x, mask):
-    return torch.empty(3, dtype=torch.float64)
+    return native.empty(3, dtype=torch.float64)
 
 
 @torch.library.custom_op("segkernels::whiten_fwd", mutates_args=(), device_types="cpu")
 def _whiten_fwd(x: Tensor, mask: Tensor, moments: Tensor, center: bool) -> Tensor:
-    out = torch.empty(x.shape)
+    out = native.empty(*x.shape)
     native.extension.whiten_fwd(
         native.floats(x),
         native.ptr(mask),
@@ -335,4 +335,4 @@ def _whiten_fwd(x: Tensor, mask: Tensor, moments: Tensor, center: bool) -> Tenso
 
 @_whiten_fwd.register_fake
 def _(x, mask, moments, center):
-    return torch.empty(x.shape)
+    return native.empty(*x.shape)

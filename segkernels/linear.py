@@ -21,10 +21,10 @@ from .token_stats import (
     vocab_rows,
 )
 
-# Bytes of one fp32 working buffer. The backward pass holds at most five: hidden states, a panel of
-# the weight, its gradient and that of the hidden states, and half a one each for a tile of logits
-# and for widening, so that all stay below 64 MiB.
-BUFFER = 11 << 20
+# Bytes of one fp32 working buffer. The backward pass holds at most four: hidden states, a panel of
+# the weight and its gradient, and half a one each for a tile of logits and for widening. The rest
+# of the 64 MiB is left to the few numbers per token and to the buffers of the matrix product.
+BUFFER = 12 << 20
 TILE = BUFFER // 2
 
 
@@ -125,25 +125,29 @@ class _Rows:
         self.shape = hidden.shape[:-1]
         self.hidden = hidden if hidden.dim() > 1 else hidden[None]
         if keep is None:
-            keep = torch.ones(self.shape, dtype=torch.bool)
+            keep = torch.ones(self.shape, dtype=torch.bool, device="cpu")
         in_place = hidden.is_contiguous() and bool(keep.all())
-        self.index = None if in_place else keep.reshape(-1).nonzero().squeeze(1)
+        self.keep = keep.reshape(-1)
+        self.index = None if in_place else self.keep.nonzero().squeeze(1)
         self.count = keep.numel() if self.index is None else self.index.numel()
         most = max(1, BUFFER // (4 * hidden.shape[-1]))
         blocks = max(1, -(-self.count // most))
         self.size = max(1, -(-self.count // blocks))
-        self.only = self._read(0, self.count) if blocks == 1 else None
+        self.only = self._read(slice(self.count)) if blocks == 1 else None
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """(which of the rows, their hidden states [B, D])."""
-        for begin in range(0, self.count, self.size):
-            end = min(begin + self.size, self.count)
-            yield slice(begin, end), self._read(begin, end) if self.only is None else self.only
+        for block in self._ranges():
+            yield block, self._read(block) if self.only is None else self.only
 
-    def _read(self, begin: int, end: int) -> Tensor:
+    def _ranges(self) -> list[slice]:
+        starts = range(0, self.count, self.size)
+        return [slice(begin, min(begin + self.size, self.count)) for begin in starts]
+
+    def _read(self, block: slice) -> Tensor:
         if self.index is None:
-            return self.hidden.view(-1, self.hidden.shape[-1])[begin:end].float()
-        at = torch.unravel_index(self.index[begin:end], self.hidden.shape[:-1])
+            return self.hidden.view(-1, self.hidden.shape[-1])[block].float()
+        at = torch.unravel_index(self.index[block], self.hidden.shape[:-1])
         return self.hidden[at].float()
 
     def take(self, values: Tensor) -> Tensor:
@@ -151,19 +155,25 @@ class _Rows:
         flat = values.reshape(-1, *values.shape[len(self.shape) :])
         return flat.contiguous() if self.index is None else flat[self.index]
 
-    def add_product(self, out: Tensor, block: slice, a: Tensor, b: Tensor) -> None:
-        """Adds a b to those rows of out [rows of hidden, *] that are in the block."""
-        if self.index is None:
-            torch.addmm(out[block], a, b, out=out[block])
-        else:
-            out.index_add_(0, self.index[block], torch.mm(a, b))
-
     def put(self, values: Tensor) -> Tensor:
         """[..., *] of values [count, *] in the shape of hidden's rows, 0 for the other rows."""
         if self.index is not None:
             full = values.new_zeros(self.shape.numel(), *values.shape[1:])
-            values = full.index_copy_(0, self.index, values)
+            full[self.index] = values
+            values = full
         return values.view(self.shape + values.shape[1:])
+
+    def spread(self, out: Tensor) -> None:
+        """Moves rows [0, count) of out [rows of hidden, *] to their places; the others get 0.
+
+        In place: no row moves towards the front, so going from the last to the first overwrites
+        none that has yet to move.
+        """
+        if self.index is None:
+            return
+        for block in reversed(self._ranges()):
+            out[self.index[block]] = out[block].clone()
+        out[~self.keep] = 0
 
 
 class _Projection:
@@ -176,11 +186,11 @@ class _Projection:
         self.columns = -(-vocab // slices)
         self.weight = weight
         self.bias = None if bias is None else bias.float()
-        self.tile = torch.empty(rows.size * self.columns)
+        self.tile = native.empty(rows.size * self.columns)
         self.panel = self.scratch() if weight.dtype != torch.float32 else None
 
     def scratch(self) -> Tensor:
-        return torch.empty(self.columns, self.weight.shape[1])
+        return native.empty(self.columns, self.weight.shape[1])
 
     def slices(self) -> Iterator[tuple[slice, Tensor]]:
         """(columns, fp32 weight of them [C, D]); valid until the next."""
@@ -219,7 +229,7 @@ def _linear_fwd(
     logprobs, entropy, stats = empty_stats(torch.Size([rows.count]), targets, hidden)
     for block, x in rows.blocks():
         targets_b, temperatures_b = each(itemgetter(block), targets, temperatures)
-        states = torch.empty(len(x), 4, dtype=torch.float64)
+        states = native.empty(len(x), 4, dtype=torch.float64)
         for part, panel in projection.slices():
             tile = projection.logits(x, part, panel)
             vocab = vocab_rows(tile, targets_b, temperature, temperatures_b, first=part.start)
@@ -270,10 +280,10 @@ def _linear_bwd(
     projection = _Projection(weight, bias, rows)
     per_row = each(rows.take, targets, temperatures, stats, dlogprobs, dentropy)
 
-    dhidden = torch.zeros(keep.numel() if need_hidden else 0, hidden.shape[-1])
+    dhidden = native.empty(keep.numel() if need_hidden else 0, hidden.shape[-1]).zero_()
     allocate = torch.empty if rows.count else torch.zeros
-    dweight = allocate(weight.shape if need_weight else 0, dtype=weight.dtype)
-    dbias = torch.zeros(weight.shape[0] if need_bias else 0)
+    dweight = allocate(weight.shape if need_weight else 0, dtype=weight.dtype, device="cpu")
+    dbias = native.empty(weight.shape[0] if need_bias else 0).zero_()
     dpanel = projection.scratch() if need_weight and weight.dtype != torch.float32 else None
     for part, panel in projection.slices():
         for block, x in rows.blocks():
@@ -291,9 +301,11 @@ def _linear_bwd(
             if need_bias:
                 dbias[part] += tile.sum(0)
             if need_hidden:
-                rows.add_product(dhidden, block, tile, panel)
+                torch.addmm(dhidden[block], tile, panel, out=dhidden[block])
         if dpanel is not None and rows.count:
             dweight[part] = dpanel[: len(panel)]
+    if need_hidden:
+        rows.spread(dhidden)
     return (
         dhidden.view(hidden.shape if need_hidden else 0).to(hidden.dtype),
         dweight,

@@ -40,6 +40,11 @@ def floats(tensor: Tensor) -> tuple[int, int]:
     return ptr(tensor), DTYPES[tensor.dtype]
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a kernel to fill, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def rows(layout: Layout) -> tuple[int, int, int]:
     """(rows, tokens per row of a grid, address of cu_seqlens or 0)."""
     return layout.n_rows, layout.row_len, ptr(layout.cu_seqlens)

@@ -48,7 +48,9 @@ class Curve:
 
     def knots(self) -> Tensor:
         """``[3, K]`` fp32 on the CPU: positions, means, stds."""
-        return torch.tensor([self.positions, self.means, self.stds], dtype=torch.float32)
+        return torch.tensor(
+            [self.positions, self.means, self.stds], dtype=torch.float32, device="cpu"
+        )
 
     def mean(self, p: Tensor) -> Tensor:
         return self.mean_slope * p.log() + self._interpolate(p, self.means)
@@ -253,7 +255,7 @@ def segment_positions(ends: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None =
     without segments give nothing. Reads sizes on the host, so it synchronises a GPU.
     """
     layout = layout_of("ends", ends, cu_seqlens)
-    check_bools("ends", ends, "mask", mask)
+    check_bools("ends", ends, "ends", ends)
     check_bools("mask", mask, "ends", ends)
     return segments(ends, actions(mask, layout)).positions(torch.float64)
 
@@ -291,7 +293,7 @@ def _huber_scale(residual: Tensor, epsilon: float) -> float:
     squares = residual.square().sort().values
     n = squares.numel()
     sums = squares.cumsum(0)
-    outliers = n - torch.arange(1, n + 1, dtype=torch.float64)
+    outliers = n - torch.arange(1, n + 1, dtype=torch.float64, device="cpu")
     # The sum at s = r_i / epsilon, where r_i turns from outlier to inlier; it falls with s.
     at_turn = torch.where(squares > 0, sums / squares, math.inf) + outliers
     inliers = int((at_turn * epsilon**2 >= n).sum())
@@ -325,6 +327,7 @@ def fit_location(
     p is rounded to 3 decimals; the mean and the population std of each distinct p are regressed on
     ln p by ``huber_line``, every p weighing the same. The table merges neighbouring positions into
     at most 64 knots of about equally many segments, at least 32. R^2 is over the distinct p.
+    A position that only one segment has counts with std 0, so fit to many responses.
 
     Source: arXiv 2501.02790, section 3 and appendix; the table is ours.
 
@@ -452,7 +455,7 @@ class RunningLocationNormalizer(Normalizer):
         self.decay = decay
         self.epsilon = epsilon
         self.min_std = min_std
-        self._past = torch.zeros(3, bins, dtype=torch.float64)
+        self._past = torch.zeros(3, bins, dtype=torch.float64, device="cpu")
         self._batch: Tensor | None = None  # of this rank, since the last all_reduce
         self._applied: Normalizer | None = None
 
@@ -488,7 +491,7 @@ class RunningLocationNormalizer(Normalizer):
         batch = torch.zeros_like(self._past) if self._batch is None else self._batch
         batch = moments.all_reduce(batch, group)
         if batch[0].any():
-            keep = torch.tensor([self.decay, 1.0, self.decay], dtype=torch.float64)
+            keep = torch.tensor([self.decay, 1.0, self.decay], dtype=torch.float64, device="cpu")
             self._past = moments.merge(self._past * keep[:, None], batch)
         self._batch = None
 
@@ -541,9 +544,9 @@ def _sparse(by_position: Tensor) -> dict[str, list]:
 
 
 def _dense(columns: Mapping[str, list], bins: int) -> Tensor:
-    out = torch.zeros(3, bins, dtype=torch.float64)
+    out = torch.zeros(3, bins, dtype=torch.float64, device="cpu")
     values = [columns["count"], columns["mean"], columns["m2"]]
-    out[:, torch.tensor(columns["bin"], dtype=torch.long)] = torch.tensor(
+    out[:, torch.tensor(columns["bin"], dtype=torch.long, device="cpu")] = torch.tensor(
         values, dtype=torch.float64
     )
     return out

@@ -198,7 +198,7 @@ def _policy_loss_fwd(
     aggregation: int,
 ) -> tuple[Tensor, Tensor]:
     layout = layout_of("logprobs", logprobs, cu_seqlens)
-    loss, row_weights = torch.empty(()), torch.empty(layout.n_rows, dtype=torch.float64)
+    loss, row_weights = native.empty(), native.empty(layout.n_rows, dtype=torch.float64)
     native.extension.policy_loss_fwd(
         native.floats(logprobs),
         native.floats(old_logprobs),
@@ -227,7 +227,7 @@ def _policy_loss_bwd(
     high: float,
     row_weights: Tensor,
 ) -> Tensor:
-    dlogprobs = torch.empty(logprobs.shape)
+    dlogprobs = native.empty(*logprobs.shape)
     native.extension.policy_loss_bwd(
         native.ptr(dloss),
         native.floats(logprobs),
@@ -255,7 +255,7 @@ def _value_loss_fwd(
     aggregation: int,
 ) -> tuple[Tensor, Tensor]:
     layout = layout_of("values", values, cu_seqlens)
-    loss, row_weights = torch.empty(()), torch.empty(layout.n_rows, dtype=torch.float64)
+    loss, row_weights = native.empty(), native.empty(layout.n_rows, dtype=torch.float64)
     native.extension.value_loss_fwd(
         native.floats(values),
         native.floats(old_values),
@@ -282,7 +282,7 @@ def _value_loss_bwd(
     clip: float,
     row_weights: Tensor,
 ) -> Tensor:
-    dvalues = torch.empty(values.shape)
+    dvalues = native.empty(*values.shape)
     native.extension.value_loss_bwd(
         native.ptr(dloss),
         native.floats(values),
@@ -300,11 +300,11 @@ def _value_loss_bwd(
 
 def _loss_fake(new, old, target, mask, cu_seqlens, *options):
     n_rows = new.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty(()), torch.empty(n_rows, dtype=torch.float64)
+    return native.empty(), native.empty(n_rows, dtype=torch.float64)
 
 
 def _slope_fake(dloss, new, *rest):
-    return torch.empty(new.shape)
+    return native.empty(*new.shape)
 
 
 def _save(ctx, inputs, output):

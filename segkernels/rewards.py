@@ -124,7 +124,7 @@ def check_credit(normalizer: Normalizer | None, spread: str, reduction: str, cli
 def native_curve(normalizer: Normalizer | None) -> tuple[Tensor, float, float, float]:
     """(knots, mean_slope, std_slope, min_std) for a custom operator; no knot means no change."""
     if normalizer is None:
-        return torch.empty(3, 0), 0.0, 0.0, 0.0
+        return native.empty(3, 0), 0.0, 0.0, 0.0
     curve = normalizer.curve
     return curve.knots(), curve.mean_slope, curve.std_slope, curve.min_std
 
@@ -145,7 +145,7 @@ def _scatter_segment_rewards_fwd(
     mean: bool,
     clip: float,
 ) -> Tensor:
-    out = torch.empty(rewards.shape)
+    out = native.empty(*rewards.shape)
     native.extension.scatter_segment_rewards_fwd(
         native.floats(rewards),
         native.ptr(ends),
@@ -163,4 +163,4 @@ def _scatter_segment_rewards_fwd(
 
 @_scatter_segment_rewards_fwd.register_fake
 def _(rewards, *_):
-    return torch.empty(rewards.shape)
+    return native.empty(*rewards.shape)

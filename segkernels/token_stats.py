@@ -284,7 +284,7 @@ def _token_stats_bwd(
     targets, temperatures, dlogprobs, dentropy = each(
         Tensor.contiguous, targets, temperatures, dlogprobs, dentropy
     )
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    dlogits = native.empty(*logits.shape, dtype=logits.dtype)
     native.extension.vocab_backward(
         vocab_rows(logits, targets, temperature, temperatures),
         native.ptr(stats),

@@ -1,13 +1,11 @@
 import math
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import CASES, Case, cases
+from ranks import on_ranks, whitened
 from test_rewards import CREDITS, NORMALIZERS, naive_token_rewards
 from tolerance import assert_close
 
@@ -300,30 +298,15 @@ def test_whiten_keeps_its_floor_and_its_zeros(backend):
     assert poisoned.isnan().tolist() == [[True, True, False]]
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def _whiten_on(rank, port, x, mask, folder):
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
-    # Unequal shares: rank 1 holds the longer part.
-    part = slice(0, 3) if rank == 0 else slice(3, None)
-    for backend in BACKENDS:
-        out = whiten(x[part], mask[part], backend=backend)
-        torch.save(out, f"{folder}/{backend}{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_whiten_is_exact_across_ranks(tmp_path):
     case = CASES["holes"]
     x, mask = case.grid(draw(case)[0] + 5, NAN), case.grid(case.mask, False)
-    mp.spawn(_whiten_on, (free_port(), x, mask, str(tmp_path)), nprocs=2)
+    unequal = slice(0, 1), slice(1, None)
+    by_rank = on_ranks(whitened, 2, tmp_path, [(x[part], mask[part]) for part in unequal], BACKENDS)
     truth = whiten(x.double(), mask)
-    for backend in BACKENDS:
-        parts = [torch.load(tmp_path / f"{backend}{rank}.pt") for rank in range(2)]
-        assert_close(torch.cat(parts), whiten(x, mask, backend="reference"), truth, backend)
+    baseline = whiten(x, mask, backend="reference")
+    for parts in zip(*by_rank, strict=True):
+        assert_close(torch.cat(parts), baseline, truth)
 
 
 # Everything else

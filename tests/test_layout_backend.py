@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import segkernels as sk
 from segkernels import backend, native, segment_bradley_terry, segment_ends, segment_scores
 from segkernels.backend import BackendError, choose, explain
 from segkernels.layout import (
@@ -257,3 +258,51 @@ def test_a_forked_child_has_a_pool_of_its_own():
     assert os.waitstatus_to_exitcode(status) == 0
     ends_by_native(entropy, mask, ends, threads=3)
     assert torch.equal(ends, expected)
+
+
+@pytest.mark.parametrize("changed", ["bfloat16", "float64", "meta"])
+def test_torchs_defaults_do_not_matter(changed):
+    """Kernels write fp32 on the CPU, whatever a bare torch.empty would have given."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 9, generator=g).requires_grad_()
+    mask, ends = torch.ones(4, 9, dtype=torch.bool), torch.rand(4, 9, generator=g) < 0.4
+    hidden = torch.randn(4, 9, 6, generator=g).requires_grad_()
+    weight = torch.randn(11, 6, generator=g).requires_grad_()
+    bias = torch.randn(11, generator=g).requires_grad_()
+    targets = torch.randint(0, 11, (4, 9), generator=g)
+
+    def everything():
+        outs = [
+            *sk.logprobs_and_entropy(hidden @ weight.T, targets),
+            *sk.linear_logprobs_and_entropy(hidden, weight, targets, bias=bias),
+            sk.segment_scores(x, ends, mask),
+            sk.segment_bradley_terry(x, ends, mask).loss,
+            sk.policy_loss(x, x.detach() - 0.1, x.detach(), mask),
+            sk.value_loss(x, x.detach() - 0.1, x.detach(), mask),
+        ]
+        grads = torch.autograd.grad(sum(out.sum() for out in outs), (x, hidden, weight, bias))
+        y = x.detach()
+        constants = [
+            sk.scatter_segment_rewards(y, ends, mask, normalizer=sk.ScalarNormalizer(0.0, 2.0)),
+            *sk.segment_advantages(y, ends, y, 0.5 * y, y, mask),
+            *sk.gae(y, y, mask),
+            sk.whiten(y, mask),
+        ]
+        running = sk.RunningLocationNormalizer()
+        running.update(y, ends, mask)
+        fit = running.refit()
+        return [*outs, *grads, *constants, fit.means, fit.stds]
+
+    before = everything()
+    old = torch.get_default_dtype()
+    try:
+        if changed == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(getattr(torch, changed))
+        after = everything()
+    finally:
+        torch.set_default_dtype(old)
+        torch.set_default_device(None)
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
