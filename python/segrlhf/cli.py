@@ -31,7 +31,7 @@ COMMANDS = {
     ),
     "reward": Command(
         "reward_trainer",
-        (_MODEL, _DATA, "reward_trainer:RewardConfig"),
+        ("configs:AdaptedModelConfig", _DATA, "reward_trainer:RewardConfig"),
         "train a bandit, token or segment reward model from preference pairs",
     ),
     "fit-normalizer": Command(
@@ -127,8 +127,40 @@ def parse(name: str, argv: list[str]) -> tuple[Any, ...]:
         tokens += _tokens(preset(chosen.preset, name, world_size), known, "preset")
     if chosen.config:
         tokens += _tokens(_read_yaml(chosen.config), known, chosen.config)
-    found = parser.parse_args_into_dataclasses([*tokens, *flags], look_for_args_file=False)
-    return found[: len(COMMANDS[name].configs)]  # what remains is --config and --preset
+    *found, unknown = parser.parse_args_into_dataclasses(
+        [*tokens, *flags], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise UserError(f"{unknown[0]}: {_no_flag(unknown[0].lstrip('-'), known)}")
+    return tuple(found[: len(COMMANDS[name].configs)])  # what remains is --config and --preset
+
+
+def _no_flag(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+    hint = f"did you mean {near[0]}?" if near else "see --help"
+    return f"expected a flag of this command, got {name!r}; {hint}"
+
+
+class _Help(argparse.HelpFormatter):
+    """One spelling of each flag, and its default where it has one."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        option = next(iter(action.option_strings), "")
+        if action.nargs == 0:
+            return option
+        return (
+            f"{option} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        )
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kind = getattr(action.type, "__name__", "")
+        return {"int": "N", "float": "X", "string_to_bool": "BOOL"}.get(kind, "VALUE")
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = " ".join((action.help or "").split()).replace("%", "%%")
+        if action.default is None or action.default is argparse.SUPPRESS or action.nargs == 0:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 def _parser(name: str, front: argparse.ArgumentParser, show_all: bool) -> Any:
@@ -147,9 +179,10 @@ def _parser(name: str, front: argparse.ArgumentParser, show_all: bool) -> Any:
         classes,
         parents=[front],
         prog=f"segrlhf {name}",
+        usage=f"segrlhf {name} [--config run.yaml] [--preset NAME] [flags]",
         description=COMMANDS[name].summary,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     training = next((c for c in classes if issubclass(c, TrainingArguments)), None)
     if training is not None:
@@ -159,9 +192,6 @@ def _parser(name: str, front: argparse.ArgumentParser, show_all: bool) -> Any:
         for action in parser._actions:
             if action.dest in rare and not show_all:
                 action.help = argparse.SUPPRESS
-    for action in parser._actions:
-        # One spelling is enough for a reader; both are accepted.
-        action.option_strings.sort(key=lambda option: "-" in option[2:])
     return parser
 
 
@@ -187,9 +217,7 @@ def _tokens(values: dict[str, Any], known: set[str], source: str) -> list[str]:
     for key, value in values.items():
         dest = str(key).replace("-", "_")
         if dest not in known:
-            near = difflib.get_close_matches(dest, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else "; see --help"
-            raise UserError(f"{source}: expected a flag of this command, got {key!r}{hint}")
+            raise UserError(f"{source}: {_no_flag(dest, known)}")
         if value is None:
             continue
         tokens.append(f"--{dest}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# No `from __future__`-free typing tricks here: transformers' HfArgumentParser reads these types.
-
 
 @dataclass
 class ModelConfig:
     """The causal language model that a run starts from."""
+
+    _argument_group_name = "model"
 
     model_name_or_path: str = field(metadata={"help": "Causal LM: a directory or a hub name."})
     tokenizer_name_or_path: str | None = field(
@@ -29,6 +29,12 @@ class ModelConfig:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with the model. Off by default."}
     )
+
+
+@dataclass
+class AdaptedModelConfig(ModelConfig):
+    """A model of which all weights are trained, or LoRA adapters only."""
+
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters (needs peft)."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
@@ -41,6 +47,8 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     """The rows of a run, in TRL's preference or prompt format."""
+
+    _argument_group_name = "data"
 
     dataset_name: str = field(
         metadata={

@@ -1,11 +1,11 @@
 """A small written world for the demonstration: texts, a language model of them, a known taste.
 
-Texts are strings of phrases such as ``quiet lanterns never gleam before supper``. Which phrase
+Texts are strings of phrases such as ``quiet lanterns wait by moonlight``. Which phrase
 comes next is an open choice; the words inside one are nearly fixed. A language model of them is
 therefore unsure between phrases and sure within, which is what segments are cut by.
 
-The *gold* rules are known rewards that no single token reveals: a phrase is good or bad by the
-combination of two of its parts, and each part alone is as often good as bad.
+The *gold* rules are known rewards that no single token reveals: what a phrase is worth depends on
+which two of its parts come together.
 """
 
 from __future__ import annotations
@@ -27,36 +27,25 @@ from .errors import UserError
 from .modeling import token_stats
 from .rollout import generate
 
-# Each phrase has a subject, a verb and a time of its own and two open places, filled by HABITS and
-# ORDERS: "quiet lanterns never gleam before supper".
-FRAMES = (
-    ("quiet lanterns", "gleam", "supper"),
-    ("golden bells", "ring", "sunrise"),
-    ("brave sparrows", "sing", "winter"),
-    ("hungry foxes", "hunt", "midnight"),
-    ("frozen rivers", "thaw", "spring"),
-    ("hidden gardens", "bloom", "rainfall"),
-    ("silver mirrors", "shine", "sunset"),
-    ("broken wagons", "halt", "nightfall"),
-    ("gentle horses", "graze", "noon"),
-    ("stubborn shepherds", "argue", "harvest"),
-    ("distant towers", "vanish", "snowfall"),
-    ("ruined bridges", "tremble", "storms"),
-    ("wooden boats", "return", "dawn"),
-    ("old sailors", "whistle", "breakfast"),
-    ("patient weavers", "rest", "market"),
-    ("early clouds", "gather", "thunder"),
-    ("heavy winds", "howl", "autumn"),
-    ("tiny mice", "whisper", "dinner"),
-    ("curious kittens", "wander", "bedtime"),
-    ("sweet apples", "ripen", "summer"),
-    ("bitter herbs", "wither", "frost"),
-    ("clever pupils", "read", "lessons"),
-    ("sleepy bakers", "yawn", "midday"),
-    ("lonely owls", "listen", "twilight"),
+# Each line: two qualities and two things, which combine to four phrases.
+GROUPS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
+    (("quiet", "golden"), ("lanterns", "bells")),
+    (("brave", "hungry"), ("foxes", "sparrows")),
+    (("frozen", "hidden"), ("rivers", "gardens")),
+    (("silver", "broken"), ("mirrors", "keys")),
+    (("gentle", "stubborn"), ("horses", "shepherds")),
+    (("distant", "ruined"), ("towers", "bridges")),
 )
-HABITS = ("never", "often")
-ORDERS = ("before", "after")
+TAILS = (
+    "wait by moonlight",
+    "gather near mills",
+    "drift across valleys",
+    "vanish into mist",
+    "return after harvest",
+    "tremble in darkness",
+)
+# What the gold rule thinks of quality i with thing j of a group.
+TASTE = ((1.0, -0.5), (-0.5, 0.0))
 ASIDES = (
     "nothing else happens",
     "it rains until noon",
@@ -87,17 +76,19 @@ SAMPLED_AT_ONCE = 256  # responses
 
 
 def phrases() -> dict[str, float]:
-    """Every phrase that the gold rule has an opinion of, and its value: +1 or -1.
+    """Every phrase of a quality and a thing, and its gold value.
 
-    ``never ... before`` and ``often ... after`` are good, the other two combinations bad, so that
-    each word alone is as often in a good phrase as in a bad one.
+    Each tail ends one phrase of each kind, of four different groups: it tells nothing by itself,
+    and to write it a language model has to know the whole phrase. A quality or thing alone is worth
+    a quarter of its good phrase on average, one way or the other.
     """
-    return {
-        f"{subject} {habit} {verb} {order} {time}": 1.0 if i == j else -1.0
-        for subject, verb, time in FRAMES
-        for i, habit in enumerate(HABITS)
-        for j, order in enumerate(ORDERS)
-    }
+    found = {}
+    for group, (qualities, things) in enumerate(GROUPS):
+        for i, quality in enumerate(qualities):
+            for j, thing in enumerate(things):
+                tail = TAILS[(group + 2 * i + j) % len(TAILS)]
+                found[f"{quality} {thing} {tail}"] = TASTE[i][j]
+    return found
 
 
 class Text(NamedTuple):
@@ -137,7 +128,7 @@ class GoldScore(NamedTuple):
 
 @dataclass(frozen=True)
 class Gold:
-    """A known reward: the sum of +1 and -1 over the phrases of a text, each counted once.
+    """A known reward: the sum of the values of a text's phrases, each counted once.
 
     A phrase repeated in the same text adds nothing, so that a policy that says one good thing
     again and again is not better for it. ``scale`` is the weight of one phrase in a Bradley-Terry
@@ -180,8 +171,8 @@ _STORY = re.compile(
 
 def _find_story_phrases(text: str) -> Iterable[tuple[int, int, str, float]]:
     for match in _STORY.finditer(text):
-        good = (match["she"] is None) == (match["mind"] is None)
-        yield match.start(), match.end(), match.group().lower(), 1.0 if good else -1.0
+        value = TASTE[match["she"] is None][match["mind"] is None]
+        yield match.start(), match.end(), match.group().lower(), value
 
 
 GOLD = {
@@ -189,16 +180,16 @@ GOLD = {
     for rule in (
         Gold(
             "phrases",
-            "+1 for a phrase 'X never ... before Y' or 'X often ... after Y', -1 for 'never ... "
-            "after' and 'often ... before'",
-            1.5,
+            "of the four phrases that two qualities and two things make, one is worth +1 (quiet "
+            "lanterns), two -0.5 (quiet bells, golden lanterns) and one nothing (golden bells)",
+            3.0,
             _find_phrases,
         ),
         Gold(
             "stories",
-            "she may wish, feel or think and he may see, go or do (+1 a phrase of subject, verb "
-            "and two words); the other way round is -1",
-            2.0,
+            "she may wish, feel or think (+1) rather than see, go or do (-0.5); he may not wish, "
+            "feel or think (-0.5); each with the next two words of the phrase",
+            3.0,
             _find_story_phrases,
         ),
     )

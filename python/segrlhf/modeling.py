@@ -32,7 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 import segkernels
 from segkernels.normalizer import ScalarNormalizer, normalizer_from_dict
 
-from .configs import ModelConfig
+from .configs import AdaptedModelConfig, ModelConfig
 from .data import check_eos
 from .errors import UserError
 
@@ -504,7 +504,7 @@ def check_same_tokenizer(policy: PreTrainedTokenizerBase, reward: PreTrainedToke
     )
 
 
-def apply_lora(model: PreTrainedModel, config: ModelConfig, task_type: str) -> nn.Module:
+def apply_lora(model: PreTrainedModel, config: AdaptedModelConfig, task_type: str) -> nn.Module:
     """``model`` with LoRA adapters: ``task_type`` CAUSAL_LM, or SEQ_CLS, where ``score`` is trained
     whole. ``merge_and_unload()`` of the result gives the plain model back for saving."""
     try:

@@ -1005,10 +1005,6 @@ class PPOTrainer:
 
 def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, Any]:
     """``segrlhf ppo``: loads everything, trains, saves; returns the last logged metrics."""
-    if model.use_peft:
-        raise UserError(
-            "use_peft: expected false for ppo, which trains all weights, got true; drop the flag"
-        )
     state = PartialState(cpu=config.use_cpu)
     if state.is_main_process:
         files.claim_output_dir(config.output_dir, resume=config.resumes)

@@ -28,7 +28,7 @@ from segkernels import segment_bradley_terry
 
 from . import data as pair_data
 from . import files, modeling, segmenter
-from .configs import DataConfig, ModelConfig
+from .configs import AdaptedModelConfig, DataConfig
 from .errors import NonFiniteError, UserError
 
 RUN_FILE = "reward_run.json"  # beside the final model: how its data was tokenized and scored
@@ -545,7 +545,7 @@ def _some(rows: list[int]) -> str:
     return f"{shown}, ... ({len(rows)} in all)" if len(rows) > 10 else shown
 
 
-def run(model: ModelConfig, data: DataConfig, config: RewardConfig) -> dict[str, Any]:
+def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> dict[str, Any]:
     """``segrlhf reward``: trains the model and leaves it, whole, in ``config.output_dir``.
 
     Returns ``{"output_dir", "metrics", "history"}``: final train and eval metrics, and everything

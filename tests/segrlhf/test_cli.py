@@ -61,6 +61,13 @@ def test_a_config_that_is_wrong(config, text, message):
     assert message in str(caught.value)
 
 
+def test_an_unknown_flag_suggests_and_lora_belongs_to_reward():
+    with pytest.raises(UserError, match="got 'learning_rat'; did you mean learning_rate"):
+        cli.parse("reward", [*BASE, "--granularity", "token", "--learning_rat", "1"])
+    with pytest.raises(UserError, match="--use_peft: expected a flag of this command"):
+        cli.parse("ppo", [*BASE, "--reward_model", "rm", "--use_peft", "true"])
+
+
 def test_a_config_that_is_not_there():
     with pytest.raises(UserError, match=r"expected a readable YAML file, got nowhere\.yaml"):
         cli.parse("reward", ["--config", "nowhere.yaml", *BASE])

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from segkernels.normalizer import LocationNormalizer, ScalarNormalizer
 from segrlhf import modeling
-from segrlhf.configs import ModelConfig
+from segrlhf.configs import AdaptedModelConfig, ModelConfig
 from segrlhf.errors import UserError
 from segrlhf.modeling import SegmentRewardModel, token_stats
 
@@ -471,7 +471,7 @@ def test_lora_trains_adapters_and_the_head(family, family_dir, tmp_path):
     model = SegmentRewardModel.from_causal_lm(family_dir(family), "token").eval()
     ids, attention, _ = batch()
     before = model(ids, attention).detach()
-    lora = modeling.apply_lora(model, ModelConfig("x", lora_r=2), "SEQ_CLS")
+    lora = modeling.apply_lora(model, AdaptedModelConfig("x", lora_r=2), "SEQ_CLS")
     trained = [name for name, p in lora.named_parameters() if p.requires_grad]
     assert any("score" in name for name in trained)
     assert all("lora_" in name or "score" in name for name in trained)
@@ -577,7 +577,7 @@ def test_token_stats_through_peft(tiny_lm_dir):
     lm = modeling.load_causal_lm(ModelConfig(str(tiny_lm_dir))).eval()
     ids, attention, action = batch()
     expected = token_stats(lm, ids, attention, action)
-    lora = modeling.apply_lora(lm, ModelConfig("x", lora_r=2), "CAUSAL_LM")
+    lora = modeling.apply_lora(lm, AdaptedModelConfig("x", lora_r=2), "CAUSAL_LM")
     found = token_stats(lora, ids, attention, action)
     torch.testing.assert_close(found[0], expected[0])
     found[0].sum().backward()

@@ -559,9 +559,3 @@ def test_run_refuses_a_reward_model_of_another_tokenizer(lm, prompts, tmp_path):
     make_tokenizer([*WORDS[:-1], "zebra"]).save_pretrained(other)
     with pytest.raises(UserError, match="reward model: expected the policy's tokenizer"):
         run(*arguments(lm, str(other), prompts, tmp_path / "out"))
-
-
-def test_run_refuses_lora(lm, rm, prompts, tmp_path):
-    _, data, config = arguments(lm, rm, prompts, tmp_path)
-    with pytest.raises(UserError, match="use_peft: expected false for ppo"):
-        run(ModelConfig(lm, use_peft=True), data, config)
