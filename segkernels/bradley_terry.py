@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import Layout, check_bools, check_floats, layout_of, stray_end
+from .layout import Layout, check_bools, check_floats, layout_of
 from .reference import bradley_terry as reference
 
 Reduction = Literal["mean", "sum"]
@@ -54,8 +54,7 @@ def segment_scores(
         ``[N]``, fp32 (fp64 for fp64 rewards); differentiable in ``rewards``.
 
     Raises:
-        ValueError: shapes that disagree; an unknown reduction; an end outside the mask (CPU
-            tensors, or SEGKERNELS_DEBUG=1; elsewhere such an end is not read).
+        ValueError: shapes that disagree; an unknown reduction.
         TypeError: dtypes that disagree.
     """
     layout = _check(rewards, ends, mask, cu_seqlens, reduction)
@@ -116,8 +115,7 @@ def segment_bradley_terry(
 
     Raises:
         ValueError: shapes that disagree; an odd number of rows, or none; an unknown reduction;
-            smoothing or centring out of range; an end outside the mask (CPU tensors, or
-            SEGKERNELS_DEBUG=1; elsewhere such an end is not read).
+            smoothing or centring out of range.
         TypeError: dtypes that disagree.
     """
     layout = _check(rewards, ends, mask, cu_seqlens, reduction)
@@ -194,7 +192,7 @@ def _segment_scores_fwd(
     layout = layout_of("rewards", rewards, cu_seqlens)
     scores = rewards.new_empty(layout.n_rows, dtype=torch.float32)
     counts = rewards.new_empty(layout.n_rows, dtype=torch.int32)
-    stray = native.extension.segment_scores_fwd(
+    native.extension.segment_scores_fwd(
         native.floats(rewards),
         native.ptr(ends),
         native.ptr(mask),
@@ -204,8 +202,6 @@ def _segment_scores_fwd(
         native.ptr(counts),
         native.threads(),
     )
-    if stray >= 0:
-        raise stray_end(layout, stray)
     return scores, counts
 
 
@@ -281,7 +277,7 @@ def _segment_bradley_terry_fwd(
     accuracy = torch.empty_like(loss)
     counts = torch.empty_like(scores, dtype=torch.int32)
     slopes = torch.empty_like(scores)
-    stray = native.extension.segment_bradley_terry_fwd(
+    native.extension.segment_bradley_terry_fwd(
         native.floats(rewards),
         native.ptr(ends),
         native.ptr(mask),
@@ -297,8 +293,6 @@ def _segment_bradley_terry_fwd(
         native.ptr(slopes),
         native.threads(),
     )
-    if stray >= 0:
-        raise stray_end(layout, stray)
     return loss, scores, accuracy, counts, slopes
 
 

@@ -141,18 +141,3 @@ def check_bools(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None
     if tensor.dtype != torch.bool:
         raise TypeError(f"{name}: expected bool, got {tensor.dtype}; pass {name}.bool()")
     check_like(name, tensor, like_name, like)
-
-
-def check_ends_inside(ends: Tensor, mask: Tensor, layout: Layout) -> None:
-    """Every end is an action token, where values may be checked."""
-    if values_may_be_checked(ends):
-        stray = (ends & ~mask).reshape(-1).nonzero()
-        if stray.numel():
-            raise stray_end(layout, int(stray[0, 0]))
-
-
-def stray_end(layout: Layout, token: int) -> ValueError:
-    return ValueError(
-        "ends: expected ends at action tokens only, got one outside the mask at "
-        f"{layout.place(token)}; pass the ends and the mask of the same token stream"
-    )

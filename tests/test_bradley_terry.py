@@ -402,17 +402,22 @@ def test_bad_arguments(op, changed, error, message, backend):
 
 @backends
 @pytest.mark.parametrize("op", [segment_scores, segment_bradley_terry])
-def test_ends_outside_the_mask(op, backend):
-    ends = torch.zeros(4, 3, dtype=torch.bool)
-    ends[2, 1] = ends[3, 0] = ends[0, 0] = True
-    mask = torch.zeros_like(ends)
-    mask[0, 0] = True
-    with pytest.raises(ValueError, match=r"ends: .* outside the mask at row 2, position 1; pass"):
-        op(REWARDS, ends, mask, backend=backend)
-    cu = torch.tensor([0, 0, 4, 8, 12]).int()
-    flat = [x.reshape(-1) for x in (REWARDS, ends, mask)]
-    with pytest.raises(ValueError, match=r"outside the mask at row 2, position 3"):
-        op(*flat, cu_seqlens=cu, backend=backend)
+def test_ends_outside_the_mask_are_not_read(op, backend):
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[2, 1] = mask[3, 0] = False
+    ends = torch.ones_like(mask)
+    rewards = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    kept = rewards.clone().requires_grad_()
+    inside = op(kept, ends & mask, mask, backend=backend)
+    poisoned = rewards.masked_fill(~mask, NAN).requires_grad_()
+    outside = op(poisoned, ends, mask, backend=backend)
+    pick = (lambda out: out) if op is segment_scores else (lambda out: out.scores)
+    assert torch.equal(pick(inside), pick(outside))
+    gradients = [
+        torch.autograd.grad(pick(out).sum(), x)[0]
+        for out, x in ((inside, kept), (outside, poisoned))
+    ]
+    assert torch.equal(*gradients)
 
 
 @backends

@@ -14,7 +14,6 @@ from segkernels import backend, native, segment_bradley_terry, segment_ends, seg
 from segkernels.backend import BackendError, choose, explain
 from segkernels.layout import (
     check_bools,
-    check_ends_inside,
     check_floats,
     check_like,
     layout_of,
@@ -81,11 +80,6 @@ def test_checks_of_arguments():
         check_like("y", GRID.to("meta"), "x", GRID)
     with pytest.raises(TypeError, match=r"y: expected bool, got torch.float32; pass y.bool\(\)"):
         check_bools("y", GRID, "x", GRID)
-    ends = GRID.bool()
-    ends[1, 2] = True
-    with pytest.raises(ValueError, match=r"ends: .* outside the mask at row 1, position 2; pass"):
-        check_ends_inside(ends, GRID.bool(), layout_of("ends", ends, None))
-    check_ends_inside(ends, ends, layout_of("ends", ends, None))
 
 
 @pytest.mark.parametrize(("debug", "checked"), [(None, False), ("0", False), ("1", True)])

@@ -51,15 +51,10 @@ int64_t ends_of_row(Floats entropy, const bool* mask, int64_t begin, int64_t end
 }
 
 SegmentSum sum_of_row(Floats rewards, const bool* ends, const bool* mask, int64_t begin,
-                      int64_t end, FirstToken& stray) {
+                      int64_t end) {
   SegmentSum sum{0, 0};
   for (int64_t t = begin; t < end; ++t) {
-    if (!ends[t]) continue;
-    if (mask && !mask[t]) {
-      stray.meet(t);
-      continue;
-    }
-    sum = combine(sum, SegmentSum{rewards[t], 1});
+    if (ends[t] && (!mask || mask[t])) sum = combine(sum, SegmentSum{rewards[t], 1});
   }
   return sum;
 }
@@ -93,17 +88,15 @@ int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshol
   return nan.get();
 }
 
-int64_t segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows, bool mean,
-                           float* scores, int32_t* counts, int threads) {
-  FirstToken stray;
+void segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows, bool mean,
+                        float* scores, int32_t* counts, int threads) {
   parallel_for(rows.count, rows_per_task(rows), threads, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      const SegmentSum sum = sum_of_row(rewards, ends, mask, rows.begin(row), rows.end(row), stray);
+      const SegmentSum sum = sum_of_row(rewards, ends, mask, rows.begin(row), rows.end(row));
       scores[row] = sum.score(mean);
       counts[row] = sum.count;
     }
   });
-  return stray.get();
 }
 
 void segment_scores_bwd(const float* dscores, const int32_t* counts, const bool* ends,
@@ -112,12 +105,11 @@ void segment_scores_bwd(const float* dscores, const int32_t* counts, const bool*
                threads);
 }
 
-int64_t segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
-                                  const float* margin, BradleyTerryOptions options, float* loss,
-                                  float* scores, float* accuracy, int32_t* counts, float* slopes,
-                                  int threads) {
-  const int64_t stray =
-      segment_scores_fwd(rewards, ends, mask, rows, options.mean, scores, counts, threads);
+void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
+                               const float* margin, BradleyTerryOptions options, float* loss,
+                               float* scores, float* accuracy, int32_t* counts, float* slopes,
+                               int threads) {
+  segment_scores_fwd(rewards, ends, mask, rows, options.mean, scores, counts, threads);
   const int64_t pairs = rows.count / 2;
   double total = 0;
   int64_t right = 0;
@@ -133,7 +125,6 @@ int64_t segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* 
   }
   *loss = static_cast<float>(total / pairs);
   *accuracy = static_cast<float>(static_cast<double>(right) / pairs);
-  return stray;
 }
 
 void segment_bradley_terry_bwd(const float* dloss, const float* dscores, const float* slopes,

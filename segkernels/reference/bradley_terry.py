@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..layout import Layout, check_ends_inside
+from ..layout import Layout
 from ._actions import accumulation_dtype, actions
 
 
@@ -13,7 +13,6 @@ def segment_scores(
     rewards: Tensor, ends: Tensor, mask: Tensor | None, layout: Layout, mean: bool
 ) -> Tensor:
     if mask is not None:
-        check_ends_inside(ends, mask, layout)
         ends = ends & mask
     a = actions(ends, layout)
     read = a.take(rewards).to(accumulation_dtype(rewards))  # [S]

@@ -12,10 +12,9 @@ namespace segk {
 int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshold, bool current,
                      const bool* exclude_last, bool* ends, int threads);
 
-// scores [N], counts [N] (segments per row); mask may be null. Returns the first end outside the
-// mask, else -1.
-int64_t segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows, bool mean,
-                           float* scores, int32_t* counts, int threads);
+// scores [N], counts [N] (segments per row); mask may be null.
+void segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows, bool mean,
+                        float* scores, int32_t* counts, int threads);
 
 // drewards [T] from dscores [N]: zero wherever no reward was read.
 void segment_scores_bwd(const float* dscores, const int32_t* counts, const bool* ends,
@@ -28,12 +27,11 @@ struct BradleyTerryOptions {
 };
 
 // Row i is chosen over row i + N/2; margin [N/2] may be null. Fills loss [1], scores [N],
-// accuracy [1], counts [N] and slopes [N] = d loss / d scores. Returns the first end outside the
-// mask, else -1.
-int64_t segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
-                                  const float* margin, BradleyTerryOptions options, float* loss,
-                                  float* scores, float* accuracy, int32_t* counts, float* slopes,
-                                  int threads);
+// accuracy [1], counts [N] and slopes [N] = d loss / d scores.
+void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
+                               const float* margin, BradleyTerryOptions options, float* loss,
+                               float* scores, float* accuracy, int32_t* counts, float* slopes,
+                               int threads);
 
 // drewards [T] from dloss [1] and dscores [N].
 void segment_bradley_terry_bwd(const float* dloss, const float* dscores, const float* slopes,
