@@ -185,6 +185,9 @@ class PPOConfig:
     )
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            # Else the processes of torchrun would each train alone, into the same directory.
+            self.use_cpu = True
         for name, hint in get_type_hints(PPOConfig).items():
             allowed, got = get_args(hint), getattr(self, name)
             if get_origin(hint) is Literal and got not in allowed:

@@ -414,7 +414,8 @@ def responses_svg(rows: Sequence[Mapping[str, Any]], *, columns: int = 84) -> st
         y += line_height - 6
         column = 0
         for text, reward in [(row["prompt"], None), *row["segments"]]:
-            mark = "" if reward is None else f"{reward:+.2f}"
+            # A number needs the room of four characters, or it would lie on its neighbour.
+            mark = "" if reward is None or len(text) < 4 else f"{reward:+.2f}"
             for piece in _fold(text, column, columns):
                 if piece is None:
                     column, y = 0, y + line_height

@@ -96,7 +96,6 @@ FLAGS = {
     "value_learning_rate": 2e-2,
     "num_ppo_epochs": 2,
     "save_steps": 0,
-    "use_cpu": True,
 }
 
 
