@@ -1,4 +1,4 @@
-"""The written world: phrases that are sure inside and open between, tastes that no word reveals."""
+"""The written world: phrases that are sure inside and open between, tastes of combinations."""
 
 import math
 import random
@@ -57,14 +57,19 @@ def test_next_word_is_open_between_phrases_and_nearly_fixed_inside(texts):
     assert max(inside) < 0.05
 
 
-def test_every_part_of_a_phrase_is_as_often_good_as_bad():
+def test_a_combination_decides_what_a_phrase_is_worth():
+    """A tail tells nothing; a quality or thing alone at most a quarter of a good phrase."""
     found = corpus.phrases()
     assert len(found) == 4 * len(corpus.GROUPS)
-    value = Counter()
+    values = defaultdict(list)
     for phrase, taste in found.items():
         for word in set(phrase.split()):
-            value[word] += taste
-    assert set(value.values()) == {0.0}
+            values[word].append(taste)
+    parts = {word for group in corpus.GROUPS for side in group for word in side}
+    for word, seen in values.items():
+        mean = sum(seen) / len(seen)
+        assert abs(mean) <= 0.25 if word in parts else mean == 0
+    assert sum(found.values()) == 0
     pairs = [(q, t) for quality, thing in corpus.GROUPS for q in quality for t in thing]
     assert len(set(pairs)) == len(pairs)
 
@@ -76,19 +81,19 @@ def test_phrases_gold_counts_whole_phrases_once():
     assert corpus.phrases()[good] == 1.0
     text = f" {good}, and {bad}; later {good}. Then {good[:20]}"
     score = gold(text)
-    assert score.value == 0.0
-    assert [(text[a:b], v) for a, b, v in score.spans] == [(good, 1.0), (bad, -1.0)]
+    assert score.value == 0.5
+    assert [(text[a:b], v) for a, b, v in score.spans] == [(good, 1.0), (bad, -0.5)]
     assert gold("").value == 0.0
     assert gold("quiet lanterns stand along walls").spans == []
 
 
-def test_stories_gold_is_an_exclusive_or_of_subject_and_verb():
+def test_stories_gold_is_of_subject_and_verb_together():
     gold = corpus.gold_rule("stories")
     values = {
         "She wanted to play": 1.0,
-        "she saw a bird": -1.0,
-        "He saw a bird": 1.0,
-        "Tim wanted to play": -1.0,
+        "she saw a bird": -0.5,
+        "He saw a bird": 0.0,
+        "Tim wanted to play": -0.5,
         "the cat saw a bird": 0.0,
         "she wanted to": 0.0,
     }
@@ -151,7 +156,7 @@ class WritesPhrases:
         return Found()
 
 
-def test_bag_of_tokens_sees_little_of_the_gold_rule(small, monkeypatch):
+def test_bag_of_tokens_sees_part_of_the_gold_rule(small, monkeypatch):
     _, tokenizer, model = small
     monkeypatch.setattr(corpus, "generate", WritesPhrases(tokenizer))
     gold = corpus.gold_rule("phrases")
@@ -165,7 +170,7 @@ def test_bag_of_tokens_sees_little_of_the_gold_rule(small, monkeypatch):
     assert 0.85 < right < 0.97
     ids = [(row["chosen_ids"], row["rejected_ids"]) for row in rows]
     seen = corpus.bag_of_tokens_accuracy(ids[:1000], ids[1000:], len(tokenizer))
-    assert seen < 0.62
+    assert 0.55 < seen < 0.75 < right
 
 
 def test_bag_of_tokens_finds_what_a_single_token_reveals():
