@@ -5,9 +5,9 @@ comes next is an open choice; the words inside one are nearly fixed. A language 
 therefore unsure between phrases and sure within, which is what segments are cut by.
 
 The *gold* rules are known rewards of phrases: what one is worth depends on which two of its parts
-come together. Single tokens reveal a part of that; a bag of tokens, printed beside the reward models,
-says how much. A pure exclusive or would reveal nothing, but then a bandit reward model learns nothing
-either from a few thousand pairs.
+come together. Single tokens reveal a part of that; a bag of tokens, printed beside the reward
+models, says how much. A pure exclusive or would reveal nothing, but then a bandit reward model
+learns next to nothing either from a few thousand pairs.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     """``segrlhf demo``: writes results.json, table.md and report.html; returns the results."""
     out = new_output_dir(config.output_dir)
     seconds: dict[str, float] = {}
-    with _quiet():
+    with _quiet(), _one_thread():
         with _step(seconds, 1, "texts and language model"):
             world = make_world(config, out)
         with _step(seconds, 2, "preference pairs"):
@@ -179,6 +179,17 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
         datasets.enable_progress_bars()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On models this small torch's threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- texts, language model, pairs ---------------------------------------------------------------
