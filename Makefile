@@ -1,11 +1,11 @@
-# make demo | test | lint | format | clean. PYTHON chooses the interpreter of the environment.
+# make demo | test | lint | bench | format | clean. PYTHON chooses the interpreter of the environment.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
 
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test lint bench format clean
 setup: .venv/installed .venv/built
 
 demo: setup
@@ -19,6 +19,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy segkernels python/segrlhf
 	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+
+bench: setup
+	$(BIN)/pip install --quiet -c constraints.txt pytest-benchmark
+	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds
 
 format: setup
 	$(BIN)/ruff check --fix .

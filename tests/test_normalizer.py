@@ -491,3 +491,13 @@ def test_ranks_merge_exactly_in_one_all_reduce(tmp_path):
         assert state["past"]["bin"] == expected["past"]["bin"]
         for key in ("count", "mean", "m2"):
             assert state["past"][key] == pytest.approx(expected["past"][key], rel=1e-12, abs=1e-12)
+
+
+def test_a_rare_position_is_no_knot_of_its_own():
+    """Its own mean and std, of one segment, would be 3 and 0."""
+    positions = torch.tensor([0.25] * 400 + [0.3] + [0.5] * 400 + [1.0] * 400)
+    rewards = torch.linspace(-1, 1, 400).repeat(3)
+    rewards = torch.cat([rewards[:400], torch.tensor([3.0]), rewards[400:]])
+    table = fit_location(positions, rewards).table
+    assert len(table.positions) == 3
+    assert min(table.stds) > 0.5

@@ -444,7 +444,7 @@ def colour(world: World, run: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             entropy = segmenter.entropies(lm, [start], [ids], [f"prompt {i}"])[0]
             responses.append(evaluate.Response(f"prompt {i}", start, ids, False, entropy))
-            label = f"{when} PPO, gold {world.gold(text).value:+.0f}"
+            label = f"{when} PPO, gold {world.gold(text).value:+.1f}"
             rows.append({"label": label, "prompt": prompt})
     scores = evaluate.score_responses(model, responses, batch_size=len(responses))
     for row, response, scored in zip(rows, responses, scores, strict=True):

@@ -6,6 +6,7 @@ nothing of the outside. All text that comes from data is escaped.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,6 +49,7 @@ _SVG_STYLE = (
 svg .title { font-size: 14px; font-weight: 600; }
 svg .soft { fill: var(--soft); }
 svg .mono { font: 13px ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; }
+svg .halo { stroke: var(--panel); stroke-width: 4; paint-order: stroke; }
 svg .grid { stroke: var(--rule); stroke-width: 1; }
 svg .axis { stroke: var(--soft); stroke-width: 1; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
@@ -73,9 +75,9 @@ p { max-width: 46rem; }
 .charts svg, .wide svg { width: 100%; height: auto; background: var(--panel);
   border-radius: 8px; display: block; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.75rem; text-align: right; border-bottom: 1px solid var(--rule);
-  white-space: nowrap; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.45rem; text-align: right; border-bottom: 1px solid var(--rule); }
+td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .response { background: var(--panel); border-radius: 8px; padding: 0.7rem 0.9rem;
@@ -156,7 +158,7 @@ class _Axes:
 
     def frame(self, title: str, x_label: str, y_label: str) -> list[str]:
         bottom, right = self.top + self.height, self.left + self.width
-        parts = [f'<text class="title" x="{self.left - 42:.0f}" y="22">{escape(title)}</text>']
+        parts = [f'<text class="title" x="{self.left - 50:.0f}" y="22">{escape(title)}</text>']
         for tick in self.y_ticks:
             y = self.y(tick)
             parts.append(
@@ -176,7 +178,7 @@ class _Axes:
             f'<path class="axis" d="M{self.left} {bottom} H{right}"/>'
             f'<text x="{self.left + self.width / 2:.0f}" y="{bottom + 37}" text-anchor="middle">'
             f"{escape(x_label)}</text>"
-            f'<text text-anchor="middle" transform="translate({self.left - 38:.0f} {middle:.0f}) '
+            f'<text text-anchor="middle" transform="translate({self.left - 46:.0f} {middle:.0f}) '
             f'rotate(-90)">{escape(y_label)}</text>'
         )
         return parts
@@ -221,7 +223,7 @@ def _legend(names: Sequence[str], left: float, top: float, room: float) -> tuple
     """Marks and names in lines no wider than ``room``; also the height they take."""
     parts, x, y = [], left, top
     for i, name in enumerate(names):
-        width = 38 + 6.6 * len(name)
+        width = 42 + 6.9 * len(name)
         if x > left and x + width > left + room:
             x, y = left, y + 18
         parts.append(
@@ -268,15 +270,15 @@ def line_chart_svg(
     legend, taken = _legend([line.name for line in lines], 14, 44, width - 28)
     top = 44 + taken
     axes = _Axes(
-        56, top, width - 76, height - top - 48, ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+        64, top, width - 84, height - top - 48, ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     )
     parts = [*axes.frame(title, x_label, y_label), *legend]
     if level is not None:
         y = axes.y(level[0])
         parts.append(
             f'<path class="axis" stroke-dasharray="2 3" d="M{axes.left} {y:.1f} '
-            f'h{axes.width}"/><text class="soft" x="{axes.left + axes.width}" y="{y - 5:.1f}" '
-            f'text-anchor="end">{escape(level[1])}</text>'
+            f'h{axes.width}"/><text class="soft halo" x="{axes.left + 4}" y="{y - 5:.1f}">'
+            f"{escape(level[1])}</text>"
         )
     for i, line in enumerate(lines):
         if line.band:
@@ -296,12 +298,24 @@ def line_chart_svg(
     return _svg(width, height, title, parts)
 
 
+def _middle(values: Sequence[float], counts: Sequence[float], share: float = 0.99) -> Point:
+    """The range that holds the middle ``share`` of the values, each counted so many times."""
+    rest = (1 - share) / 2 * sum(counts)
+    ordered = sorted(zip(values, counts, strict=True))
+    ends = []
+    for way in (ordered, ordered[::-1]):
+        passed = itertools.accumulate(count for _, count in way)
+        ends.append(next(v for (v, _), n in zip(way, passed, strict=True) if n > rest))
+    return ends[0], ends[1]
+
+
 def normalizer_svg(fit: Mapping[str, Any]) -> str:
     """Mean and std of segment rewards over position: measured, as a log line, and as a table.
 
     ``fit`` has the fields of ``segkernels.normalizer.LocationFit`` in plain lists: ``positions``,
     ``means``, ``stds`` and ``counts`` of equal length, ``line`` and ``table`` by ``to_dict()``, and
-    ``r2_mean`` and ``r2_std``.
+    ``r2_mean`` and ``r2_std``. The frame holds both curves and the middle 99 % of the segments'
+    positions by value, so that a few rare positions do not flatten it.
     """
     forms = [normalizer_from_dict(fit[name]) for name in ("line", "table")]
     p = torch.linspace(max(min(fit["positions"]), 1e-3), 1, 200, dtype=torch.float64)
@@ -312,14 +326,16 @@ def normalizer_svg(fit: Mapping[str, Any]) -> str:
         (("mean", fit["means"], fit["r2_mean"]), ("std", fit["stds"], fit["r2_std"]))
     ):
         curves = [getattr(form, name)(p).tolist() for form in forms]
-        low = min(min(measured), *map(min, curves))
-        high = max(max(measured), *map(max, curves))
+        core = _middle(measured, fit["counts"])
+        low, high = min(core[0], *map(min, curves)), max(core[1], *map(max, curves))
         axes = _Axes(
-            panel * k + 60, 62, panel - 84, height - 62 - 48, ticks(0, 1), ticks(low, high)
+            panel * k + 64, 62, panel - 88, height - 62 - 48, ticks(0, 1), ticks(low, high)
         )
         title = f"{name} of segment rewards: R² of the log line {number(r2, 2)}"
         parts += axes.frame(title, "relative position p of the segment", f"{name}(p)")
         for x, y, n in zip(fit["positions"], measured, fit["counts"], strict=True):
+            if not axes.y_ticks[0] <= y <= axes.y_ticks[-1]:
+                continue
             size = 1.2 + 3.2 * math.sqrt(n / biggest)
             tip = f"p {x:.3f}: {name} {number(y)} over {n:.0f} segments"
             parts.append(
@@ -332,10 +348,10 @@ def normalizer_svg(fit: Mapping[str, Any]) -> str:
         x = axes.left
         parts.append(
             f'<circle class="f4" fill-opacity="0.45" cx="{x + 6}" cy="44" r="4"/>'
-            f'<text x="{x + 16}" y="48">measured (area: segments)</text>'
+            f'<text x="{x + 16}" y="48">measured, 99 % of segments</text>'
         )
         for i, form in enumerate(("line", "table")):
-            at = x + 182 + 72 * i
+            at = x + 204 + 76 * i
             parts.append(
                 f'<path class="line s{i}" stroke-dasharray="{_DASHES[i]}" d="M{at} 44 h24"/>'
                 f'<text x="{at + 30}" y="48">{form}</text>'

@@ -139,6 +139,20 @@ def test_normalizer_picture_states_r2():
     ET.fromstring(report.normalizer_svg(one))
 
 
+def test_rare_positions_do_not_flatten_the_normalizer_picture():
+    n = 400
+    fit = FIT | {
+        "positions": [(i + 1) / n for i in range(n)],
+        "means": [0.5] * (n - 1) + [1e6],
+        "stds": [1.0] * n,
+        "counts": [10.0] * (n - 1) + [1.0],
+    }
+    svg = report.normalizer_svg(fit)
+    assert "e+06" not in svg
+    assert "1000000" not in svg
+    assert svg.count("<title>") == 2 * n - 1
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
