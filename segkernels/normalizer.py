@@ -405,6 +405,10 @@ def _table(
     middle = count.cumsum(0) - count / 2
     knot = (middle * (n_knots / total)).long().clamp(max=n_knots - 1)
     knot = knot.unique(return_inverse=True)[1]  # a position with many segments skips knots
+    # A rare position between two frequent ones joins the next knot: its own std may be zero.
+    size = torch.bincount(knot, count)
+    full = size >= size.max().clamp(max=SEGMENTS_PER_KNOT)
+    knot = (full.cumsum(0) - full.long()).clamp(max=int(full.sum()) - 1)[knot]
     size = torch.bincount(knot, count)
     at = torch.bincount(knot, count * positions) / size
     means = torch.bincount(knot, count * mean) / size
