@@ -225,7 +225,7 @@ def _check_discounts(gamma: float, lam: float) -> None:
             )
 
 
-@torch.library.custom_op("segkernels::gae_fwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::gae_fwd", mutates_args=())
 def _gae_fwd(
     rewards: Tensor,
     values: Tensor,
@@ -234,8 +234,11 @@ def _gae_fwd(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    advantages, returns = native.empty(*rewards.shape), native.empty(*rewards.shape)
-    native.extension.gae_fwd(
+    advantages, returns = (
+        native.empty(rewards, *rewards.shape),
+        native.empty(rewards, *rewards.shape),
+    )
+    native.kernels(rewards).gae_fwd(
         native.floats(rewards),
         native.floats(values),
         native.ptr(mask),
@@ -244,17 +247,17 @@ def _gae_fwd(
         lam,
         native.ptr(advantages),
         native.ptr(returns),
-        native.threads(),
+        native.place(rewards),
     )
     return advantages, returns
 
 
 @_gae_fwd.register_fake
 def _(rewards, *_):
-    return native.empty(*rewards.shape), native.empty(*rewards.shape)
+    return native.empty(rewards, *rewards.shape), native.empty(rewards, *rewards.shape)
 
 
-@torch.library.custom_op("segkernels::segment_advantages_fwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::segment_advantages_fwd", mutates_args=())
 def _segment_advantages_fwd(
     rewards: Tensor,
     ends: Tensor,
@@ -274,8 +277,10 @@ def _segment_advantages_fwd(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    advantages, returns, token_rewards, kl = (native.empty(*rewards.shape) for _ in range(4))
-    native.extension.segment_advantages_fwd(
+    advantages, returns, token_rewards, kl = (
+        native.empty(rewards, *rewards.shape) for _ in range(4)
+    )
+    native.kernels(rewards).segment_advantages_fwd(
         native.floats(rewards),
         native.ptr(ends),
         native.floats(logprobs),
@@ -294,45 +299,45 @@ def _segment_advantages_fwd(
         native.ptr(returns),
         native.ptr(token_rewards),
         native.ptr(kl),
-        native.threads(),
+        native.place(rewards),
     )
     return advantages, returns, token_rewards, kl
 
 
 @_segment_advantages_fwd.register_fake
 def _(rewards, *_):
-    return tuple(native.empty(*rewards.shape) for _ in range(4))
+    return tuple(native.empty(rewards, *rewards.shape) for _ in range(4))
 
 
-@torch.library.custom_op("segkernels::moments_fwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::moments_fwd", mutates_args=())
 def _moments_fwd(x: Tensor, mask: Tensor) -> Tensor:
-    moments = native.empty(3, dtype=torch.float64)
-    native.extension.moments_fwd(
-        native.floats(x), native.ptr(mask), x.numel(), native.ptr(moments), native.threads()
+    moments = native.empty(x, 3, dtype=torch.float64)
+    native.kernels(x).moments_fwd(
+        native.floats(x), native.ptr(mask), x.numel(), native.ptr(moments), native.place(x)
     )
     return moments
 
 
 @_moments_fwd.register_fake
 def _(x, mask):
-    return native.empty(3, dtype=torch.float64)
+    return native.empty(x, 3, dtype=torch.float64)
 
 
-@torch.library.custom_op("segkernels::whiten_fwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::whiten_fwd", mutates_args=())
 def _whiten_fwd(x: Tensor, mask: Tensor, moments: Tensor, center: bool) -> Tensor:
-    out = native.empty(*x.shape)
-    native.extension.whiten_fwd(
+    out = native.empty(x, *x.shape)
+    native.kernels(x).whiten_fwd(
         native.floats(x),
         native.ptr(mask),
         x.numel(),
         native.ptr(moments),
         center,
         native.ptr(out),
-        native.threads(),
+        native.place(x),
     )
     return out
 
 
 @_whiten_fwd.register_fake
 def _(x, mask, moments, center):
-    return native.empty(*x.shape)
+    return native.empty(x, *x.shape)

@@ -181,7 +181,7 @@ def _check(
     return layout
 
 
-@torch.library.custom_op("segkernels::segment_scores_fwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::segment_scores_fwd", mutates_args=())
 def _segment_scores_fwd(
     rewards: Tensor,
     ends: Tensor,
@@ -192,7 +192,7 @@ def _segment_scores_fwd(
     layout = layout_of("rewards", rewards, cu_seqlens)
     scores = rewards.new_empty(layout.n_rows, dtype=torch.float32)
     counts = rewards.new_empty(layout.n_rows, dtype=torch.int32)
-    native.extension.segment_scores_fwd(
+    native.kernels(rewards).segment_scores_fwd(
         native.floats(rewards),
         native.ptr(ends),
         native.ptr(mask),
@@ -200,12 +200,12 @@ def _segment_scores_fwd(
         mean,
         native.ptr(scores),
         native.ptr(counts),
-        native.threads(),
+        native.place(rewards),
     )
     return scores, counts
 
 
-@torch.library.custom_op("segkernels::segment_scores_bwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::segment_scores_bwd", mutates_args=())
 def _segment_scores_bwd(
     dscores: Tensor,
     counts: Tensor,
@@ -216,7 +216,7 @@ def _segment_scores_bwd(
 ) -> Tensor:
     layout = layout_of("ends", ends, cu_seqlens)
     drewards = torch.empty_like(ends, dtype=torch.float32)
-    native.extension.segment_scores_bwd(
+    native.kernels(dscores).segment_scores_bwd(
         native.ptr(dscores),
         native.ptr(counts),
         native.ptr(ends),
@@ -224,7 +224,7 @@ def _segment_scores_bwd(
         native.rows(layout),
         mean,
         native.ptr(drewards),
-        native.threads(),
+        native.place(dscores),
     )
     return drewards
 
@@ -258,9 +258,7 @@ def _scores_backward(ctx, dscores, _):
 _segment_scores_fwd.register_autograd(_scores_backward, setup_context=_save_scores)
 
 
-@torch.library.custom_op(
-    "segkernels::segment_bradley_terry_fwd", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("segkernels::segment_bradley_terry_fwd", mutates_args=())
 def _segment_bradley_terry_fwd(
     rewards: Tensor,
     ends: Tensor,
@@ -277,7 +275,7 @@ def _segment_bradley_terry_fwd(
     accuracy = torch.empty_like(loss)
     counts = torch.empty_like(scores, dtype=torch.int32)
     slopes = torch.empty_like(scores)
-    native.extension.segment_bradley_terry_fwd(
+    native.kernels(rewards).segment_bradley_terry_fwd(
         native.floats(rewards),
         native.ptr(ends),
         native.ptr(mask),
@@ -291,14 +289,12 @@ def _segment_bradley_terry_fwd(
         native.ptr(accuracy),
         native.ptr(counts),
         native.ptr(slopes),
-        native.threads(),
+        native.place(rewards),
     )
     return loss, scores, accuracy, counts, slopes
 
 
-@torch.library.custom_op(
-    "segkernels::segment_bradley_terry_bwd", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("segkernels::segment_bradley_terry_bwd", mutates_args=())
 def _segment_bradley_terry_bwd(
     dloss: Tensor,
     dscores: Tensor,
@@ -311,7 +307,7 @@ def _segment_bradley_terry_bwd(
 ) -> Tensor:
     layout = layout_of("ends", ends, cu_seqlens)
     drewards = torch.empty_like(ends, dtype=torch.float32)
-    native.extension.segment_bradley_terry_bwd(
+    native.kernels(dloss).segment_bradley_terry_bwd(
         native.ptr(dloss),
         native.ptr(dscores),
         native.ptr(slopes),
@@ -321,7 +317,7 @@ def _segment_bradley_terry_bwd(
         native.rows(layout),
         mean,
         native.ptr(drewards),
-        native.threads(),
+        native.place(dloss),
     )
     return drewards
 

@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, vocab
 from .backend import choose
 from .layout import check_floats, values_may_be_checked
 from .reference import linear as reference
@@ -18,7 +18,6 @@ from .token_stats import (
     each,
     empty_stats,
     per_row,
-    vocab_rows,
 )
 
 # Bytes of one fp32 working buffer. The backward pass holds at most four: hidden states, a panel of
@@ -180,23 +179,23 @@ class _Projection:
     """Vocabulary slices of the projection, and tiles of logits in memory that is used again."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: _Rows):
-        vocab, hidden_size = weight.shape
-        most = max(1, min(BUFFER // (4 * hidden_size), TILE // (4 * rows.size), vocab))
-        slices = -(-vocab // most)
-        self.columns = -(-vocab // slices)
+        columns, hidden_size = weight.shape
+        most = max(1, min(BUFFER // (4 * hidden_size), TILE // (4 * rows.size), columns))
+        slices = -(-columns // most)
+        self.columns = -(-columns // slices)
         self.weight = weight
         self.bias = None if bias is None else bias.float()
-        self.tile = native.empty(rows.size * self.columns)
+        self.tile = native.empty(weight, rows.size * self.columns)
         self.panel = self.scratch() if weight.dtype != torch.float32 else None
 
     def scratch(self) -> Tensor:
-        return native.empty(self.columns, self.weight.shape[1])
+        return native.empty(self.weight, self.columns, self.weight.shape[1])
 
     def slices(self) -> Iterator[tuple[slice, Tensor]]:
         """(columns, fp32 weight of them [C, D]); valid until the next."""
-        vocab = self.weight.shape[0]
-        for begin in range(0, vocab, self.columns):
-            part = slice(begin, min(begin + self.columns, vocab))
+        total = self.weight.shape[0]
+        for begin in range(0, total, self.columns):
+            part = slice(begin, min(begin + self.columns, total))
             panel = self.weight[part]
             if self.panel is not None:
                 panel = self.panel[: len(panel)].copy_(panel)
@@ -210,9 +209,7 @@ class _Projection:
         return torch.addmm(self.bias[part], x, panel.t(), out=out)
 
 
-@torch.library.custom_op(
-    "segkernels::linear_logprobs_and_entropy_fwd", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("segkernels::linear_logprobs_and_entropy_fwd", mutates_args=())
 def _linear_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -222,6 +219,7 @@ def _linear_fwd(
     temperatures: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = vocab.kernels("native")
     check_row_values(weight.shape[0], targets, temperatures, mask)
     rows = _Rows(hidden, mask)
     projection = _Projection(weight, bias, rows)
@@ -229,19 +227,18 @@ def _linear_fwd(
     logprobs, entropy, stats = empty_stats(torch.Size([rows.count]), targets, hidden)
     for block, x in rows.blocks():
         targets_b, temperatures_b = each(itemgetter(block), targets, temperatures)
-        states = native.empty(len(x), 4, dtype=torch.float64)
+        states = native.empty(x, len(x), 4, dtype=torch.float64)
         for part, panel in projection.slices():
             tile = projection.logits(x, part, panel)
-            vocab = vocab_rows(tile, targets_b, temperature, temperatures_b, first=part.start)
-            native.extension.vocab_accumulate(vocab, 0, native.ptr(states), native.threads())
-        native.extension.vocab_finish(
-            vocab,
-            0,
-            native.ptr(states),
-            0 if targets is None else native.ptr(logprobs[block]),
-            native.ptr(entropy[block]),
-            native.ptr(stats[block]),
-            native.threads(),
+            tile_rows = vocab.Rows(tile, targets_b, temperature, temperatures_b, part.start)
+            kernels.accumulate(tile_rows, None, states)
+        kernels.finish(
+            tile_rows,
+            None,
+            states,
+            None if targets is None else logprobs[block],
+            entropy[block],
+            stats[block],
         )
     logprobs = logprobs if targets is None else rows.put(logprobs)
     return logprobs, rows.put(entropy), rows.put(stats)
@@ -252,9 +249,7 @@ def _(hidden, weight, targets, bias, temperature, temperatures, mask):
     return empty_stats(hidden.shape[:-1], targets, hidden)
 
 
-@torch.library.custom_op(
-    "segkernels::linear_logprobs_and_entropy_bwd", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("segkernels::linear_logprobs_and_entropy_bwd", mutates_args=())
 def _linear_bwd(
     hidden: Tensor,
     weight: Tensor,
@@ -276,25 +271,22 @@ def _linear_bwd(
         has_gradient |= (dlogprobs != 0) & (targets >= 0)
     if dentropy is not None:
         has_gradient |= dentropy != 0
+    kernels = vocab.kernels("native")
     rows = _Rows(hidden, keep & has_gradient)
     projection = _Projection(weight, bias, rows)
     per_row = each(rows.take, targets, temperatures, stats, dlogprobs, dentropy)
 
-    dhidden = native.empty(keep.numel() if need_hidden else 0, hidden.shape[-1]).zero_()
+    dhidden = native.empty(hidden, keep.numel() if need_hidden else 0, hidden.shape[-1]).zero_()
     allocate = torch.empty if rows.count else torch.zeros
     dweight = allocate(weight.shape if need_weight else 0, dtype=weight.dtype, device="cpu")
-    dbias = native.empty(weight.shape[0] if need_bias else 0).zero_()
+    dbias = native.empty(hidden, weight.shape[0] if need_bias else 0).zero_()
     dpanel = projection.scratch() if need_weight and weight.dtype != torch.float32 else None
     for part, panel in projection.slices():
         for block, x in rows.blocks():
             tile = projection.logits(x, part, panel)
             targets, temperatures, *upstream = each(itemgetter(block), *per_row)
-            native.extension.vocab_backward(
-                vocab_rows(tile, targets, temperature, temperatures, first=part.start),
-                *(native.ptr(of_row) for of_row in upstream),
-                native.ptr(tile),
-                native.threads(),
-            )
+            tile_rows = vocab.Rows(tile, targets, temperature, temperatures, part.start)
+            kernels.backward(tile_rows, *upstream, tile)
             if need_weight:
                 dw = dweight[part] if dpanel is None else dpanel[: len(panel)]
                 torch.addmm(dw, tile.t(), x, beta=0 if block.start == 0 else 1, out=dw)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .layout import Layout
 
-extension: Any  # the module, or None
+extension: Any  # the module with the CPU kernels, or None
 missing: str  # why there is no extension; empty when there is one
 try:
     from . import _native as extension  # type: ignore[attr-defined,no-redef]
@@ -40,9 +40,9 @@ def floats(tensor: Tensor) -> tuple[int, int]:
     return ptr(tensor), DTYPES[tensor.dtype]
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory for a kernel to fill, whatever torch's default dtype and device are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a kernel to fill, beside ``like``, whatever torch's default dtype and device."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def rows(layout: Layout) -> tuple[int, int, int]:
@@ -53,3 +53,13 @@ def rows(layout: Layout) -> tuple[int, int, int]:
 def threads() -> int:
     """As many threads as torch uses itself."""
     return torch.get_num_threads()
+
+
+def kernels(tensor: Tensor) -> Any:
+    """The module whose kernels serve the device of ``tensor``."""
+    return extension
+
+
+def place(tensor: Tensor) -> int:
+    """The last argument of every sequence kernel: on CPUs the number of threads."""
+    return threads()

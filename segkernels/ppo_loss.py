@@ -186,7 +186,7 @@ def _check(
     return layout
 
 
-@torch.library.custom_op("segkernels::policy_loss_fwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::policy_loss_fwd", mutates_args=())
 def _policy_loss_fwd(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -198,8 +198,11 @@ def _policy_loss_fwd(
     aggregation: int,
 ) -> tuple[Tensor, Tensor]:
     layout = layout_of("logprobs", logprobs, cu_seqlens)
-    loss, row_weights = native.empty(), native.empty(layout.n_rows, dtype=torch.float64)
-    native.extension.policy_loss_fwd(
+    loss, row_weights = (
+        native.empty(logprobs),
+        native.empty(logprobs, layout.n_rows, dtype=torch.float64),
+    )
+    native.kernels(logprobs).policy_loss_fwd(
         native.floats(logprobs),
         native.floats(old_logprobs),
         native.floats(advantages),
@@ -210,12 +213,12 @@ def _policy_loss_fwd(
         aggregation,
         native.ptr(loss),
         native.ptr(row_weights),
-        native.threads(),
+        native.place(logprobs),
     )
     return loss, row_weights
 
 
-@torch.library.custom_op("segkernels::policy_loss_bwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::policy_loss_bwd", mutates_args=())
 def _policy_loss_bwd(
     dloss: Tensor,
     logprobs: Tensor,
@@ -227,8 +230,8 @@ def _policy_loss_bwd(
     high: float,
     row_weights: Tensor,
 ) -> Tensor:
-    dlogprobs = native.empty(*logprobs.shape)
-    native.extension.policy_loss_bwd(
+    dlogprobs = native.empty(dloss, *logprobs.shape)
+    native.kernels(dloss).policy_loss_bwd(
         native.ptr(dloss),
         native.floats(logprobs),
         native.floats(old_logprobs),
@@ -239,12 +242,12 @@ def _policy_loss_bwd(
         high,
         native.ptr(row_weights),
         native.ptr(dlogprobs),
-        native.threads(),
+        native.place(dloss),
     )
     return dlogprobs
 
 
-@torch.library.custom_op("segkernels::value_loss_fwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::value_loss_fwd", mutates_args=())
 def _value_loss_fwd(
     values: Tensor,
     old_values: Tensor,
@@ -255,8 +258,11 @@ def _value_loss_fwd(
     aggregation: int,
 ) -> tuple[Tensor, Tensor]:
     layout = layout_of("values", values, cu_seqlens)
-    loss, row_weights = native.empty(), native.empty(layout.n_rows, dtype=torch.float64)
-    native.extension.value_loss_fwd(
+    loss, row_weights = (
+        native.empty(values),
+        native.empty(values, layout.n_rows, dtype=torch.float64),
+    )
+    native.kernels(values).value_loss_fwd(
         native.floats(values),
         native.floats(old_values),
         native.floats(returns),
@@ -266,12 +272,12 @@ def _value_loss_fwd(
         aggregation,
         native.ptr(loss),
         native.ptr(row_weights),
-        native.threads(),
+        native.place(values),
     )
     return loss, row_weights
 
 
-@torch.library.custom_op("segkernels::value_loss_bwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::value_loss_bwd", mutates_args=())
 def _value_loss_bwd(
     dloss: Tensor,
     values: Tensor,
@@ -282,8 +288,8 @@ def _value_loss_bwd(
     clip: float,
     row_weights: Tensor,
 ) -> Tensor:
-    dvalues = native.empty(*values.shape)
-    native.extension.value_loss_bwd(
+    dvalues = native.empty(dloss, *values.shape)
+    native.kernels(dloss).value_loss_bwd(
         native.ptr(dloss),
         native.floats(values),
         native.floats(old_values),
@@ -293,18 +299,18 @@ def _value_loss_bwd(
         clip,
         native.ptr(row_weights),
         native.ptr(dvalues),
-        native.threads(),
+        native.place(dloss),
     )
     return dvalues
 
 
 def _loss_fake(new, old, target, mask, cu_seqlens, *options):
     n_rows = new.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return native.empty(), native.empty(n_rows, dtype=torch.float64)
+    return native.empty(new), native.empty(new, n_rows, dtype=torch.float64)
 
 
 def _slope_fake(dloss, new, *rest):
-    return native.empty(*new.shape)
+    return native.empty(dloss, *new.shape)
 
 
 def _save(ctx, inputs, output):

@@ -124,14 +124,12 @@ def check_credit(normalizer: Normalizer | None, spread: str, reduction: str, cli
 def native_curve(normalizer: Normalizer | None) -> tuple[Tensor, float, float, float]:
     """(knots, mean_slope, std_slope, min_std) for a custom operator; no knot means no change."""
     if normalizer is None:
-        return native.empty(3, 0), 0.0, 0.0, 0.0
+        return torch.empty(3, 0, dtype=torch.float32, device="cpu"), 0.0, 0.0, 0.0
     curve = normalizer.curve
     return curve.knots(), curve.mean_slope, curve.std_slope, curve.min_std
 
 
-@torch.library.custom_op(
-    "segkernels::scatter_segment_rewards_fwd", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("segkernels::scatter_segment_rewards_fwd", mutates_args=())
 def _scatter_segment_rewards_fwd(
     rewards: Tensor,
     ends: Tensor,
@@ -145,8 +143,8 @@ def _scatter_segment_rewards_fwd(
     mean: bool,
     clip: float,
 ) -> Tensor:
-    out = native.empty(*rewards.shape)
-    native.extension.scatter_segment_rewards_fwd(
+    out = native.empty(rewards, *rewards.shape)
+    native.kernels(rewards).scatter_segment_rewards_fwd(
         native.floats(rewards),
         native.ptr(ends),
         native.ptr(mask),
@@ -156,11 +154,11 @@ def _scatter_segment_rewards_fwd(
         mean,
         clip,
         native.ptr(out),
-        native.threads(),
+        native.place(rewards),
     )
     return out
 
 
 @_scatter_segment_rewards_fwd.register_fake
 def _(rewards, *_):
-    return native.empty(*rewards.shape)
+    return native.empty(rewards, *rewards.shape)

@@ -97,7 +97,7 @@ def segment_ends(
     )
 
 
-@torch.library.custom_op("segkernels::segment_ends", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::segment_ends", mutates_args=())
 def _segment_ends(
     entropy: Tensor,
     mask: Tensor,
@@ -108,7 +108,7 @@ def _segment_ends(
 ) -> Tensor:
     layout = layout_of("entropy", entropy, cu_seqlens)
     ends = torch.empty_like(mask)
-    nan = native.extension.segment_ends(
+    nan = native.kernels(entropy).segment_ends(
         native.floats(entropy),
         native.ptr(mask),
         native.rows(layout),
@@ -116,7 +116,7 @@ def _segment_ends(
         current,
         native.ptr(exclude_last),
         native.ptr(ends),
-        native.threads(),
+        native.place(entropy),
     )
     if nan >= 0:
         raise reference.nan_entropy(layout, nan)

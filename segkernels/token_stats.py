@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, vocab
 from .backend import choose
 from .layout import check_bools, check_floats, check_like, values_may_be_checked
 from .reference import token_stats as reference
@@ -107,17 +107,17 @@ def _token_stats(
             f"logits: expected shape [..., vocabulary], got {list(logits.shape)}; "
             "pass one row of at least one logit per token"
         )
-    vocab = logits.shape[-1]
     row = logits.select(-1, 0)
     targets, scalar, temperatures = check_row_inputs(
         "logits[..., 0]", row, targets, temperature, mask
     )
-    if choose(op, logits, backend=backend) == "reference":
+    chosen = choose(op, logits, backend=backend)
+    if chosen == "reference":
         if values_may_be_checked(logits):
-            check_row_values(vocab, targets, temperatures, mask)
+            check_row_values(logits.shape[-1], targets, temperatures, mask)
         return reference.token_stats(logits, targets, per_row(scalar, temperatures), mask)
     logprobs, entropy, _ = _token_stats_fwd(
-        logits, targets, scalar, *each(Tensor.float, temperatures), mask
+        logits, targets, scalar, *each(Tensor.float, temperatures), mask, chosen
     )
     return (None if targets is None else logprobs), entropy
 
@@ -180,78 +180,30 @@ def _bad_temperature(value: float, where: str = "") -> ValueError:
     )
 
 
-def vocab_rows(
-    logits: Tensor,
-    targets: Tensor | None,
-    temperature: float,
-    temperatures: Tensor | None,
-    first: int = 0,
-):
-    """The extension's view of logits [..., V]; the tensors must outlive it."""
-    inner, outer_stride, inner_stride = _strides(logits)
-    return native.extension.VocabRows(
-        logits=(logits.data_ptr(), native.DTYPES[logits.dtype]),
-        count=logits.shape[:-1].numel(),
-        vocab=logits.shape[-1],
-        inner=inner,
-        outer_stride=outer_stride,
-        inner_stride=inner_stride,
-        first=first,
-        targets=native.ptr(targets),
-        temperatures=native.ptr(temperatures),
-        temperature=temperature,
-    )
-
-
-def _leading(logits: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the leading dimensions, as few as they can be merged into."""
-    dims: list[tuple[int, int]] = []
-    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][1] == size * stride:
-            dims[-1] = (dims[-1][0] * size, stride)
-        else:
-            dims.append((size, stride))
-    return dims
-
-
-def _strides(logits: Tensor) -> tuple[int, int, int]:
-    """(inner, outer stride, inner stride) of rows of adjacent columns."""
-    (_, outer), (inner, inner_stride) = [(1, 0), (1, 0), *_leading(logits)][-2:]
-    return inner, outer, inner_stride
-
-
-def _addressable(logits: Tensor) -> Tensor:
-    """The logits, copied only where two strides and adjacent columns do not describe them."""
-    adjacent = logits.stride(-1) == 1 or logits.shape[-1] == 1
-    return logits if adjacent and len(_leading(logits)) <= 2 else logits.contiguous()
-
-
 def each(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> list[Any]:
     """The function of every tensor, None of None."""
     return [None if t is None else function(t) for t in tensors]
 
 
-@torch.library.custom_op("segkernels::token_stats_fwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::token_stats_fwd", mutates_args=())
 def _token_stats_fwd(
     logits: Tensor,
     targets: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     mask: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_row_values(logits.shape[-1], targets, temperatures, mask)
-    logits = _addressable(logits)
+    if values_may_be_checked(logits):
+        check_row_values(logits.shape[-1], targets, temperatures, mask)
     targets, temperatures, mask = each(Tensor.contiguous, targets, temperatures, mask)
     logprobs, entropy, stats = empty_stats(logits.shape[:-1], targets, logits)
-    native.extension.vocab_forward(
-        vocab_rows(logits, targets, temperature, temperatures),
-        native.ptr(mask),
-        0 if targets is None else native.ptr(logprobs),
-        native.ptr(entropy),
-        native.ptr(stats),
-        native.threads(),
+    vocab.kernels(backend).forward(
+        vocab.Rows(vocab.addressable(logits), targets, temperature, temperatures),
+        mask,
+        None if targets is None else logprobs,
+        entropy,
+        stats,
     )
     return logprobs, entropy, stats
 
@@ -266,11 +218,11 @@ def empty_stats(
 
 
 @_token_stats_fwd.register_fake
-def _(logits, targets, temperature, temperatures, mask):
+def _(logits, targets, temperature, temperatures, mask, backend):
     return empty_stats(logits.shape[:-1], targets, logits)
 
 
-@torch.library.custom_op("segkernels::token_stats_bwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("segkernels::token_stats_bwd", mutates_args=())
 def _token_stats_bwd(
     logits: Tensor,
     targets: Tensor | None,
@@ -279,30 +231,24 @@ def _token_stats_bwd(
     stats: Tensor,
     dlogprobs: Tensor | None,
     dentropy: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    logits = _addressable(logits)
     targets, temperatures, dlogprobs, dentropy = each(
         Tensor.contiguous, targets, temperatures, dlogprobs, dentropy
     )
-    dlogits = native.empty(*logits.shape, dtype=logits.dtype)
-    native.extension.vocab_backward(
-        vocab_rows(logits, targets, temperature, temperatures),
-        native.ptr(stats),
-        native.ptr(dlogprobs),
-        native.ptr(dentropy),
-        native.ptr(dlogits),
-        native.threads(),
-    )
+    dlogits = native.empty(logits, *logits.shape, dtype=logits.dtype)
+    rows = vocab.Rows(vocab.addressable(logits), targets, temperature, temperatures)
+    vocab.kernels(backend).backward(rows, stats, dlogprobs, dentropy, dlogits)
     return dlogits
 
 
 @_token_stats_bwd.register_fake
-def _(logits, targets, temperature, temperatures, stats, dlogprobs, dentropy):
+def _(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, targets, ctx.temperature, temperatures, _ = inputs
+    logits, targets, ctx.temperature, temperatures, _, ctx.backend = inputs
     ctx.save_for_backward(logits, targets, temperatures, output[2])
     ctx.set_materialize_grads(False)
 
@@ -311,9 +257,9 @@ def _backward(ctx, dlogprobs, dentropy, _):
     logits, targets, temperatures, stats = ctx.saved_tensors
     dlogprobs = None if targets is None else dlogprobs
     dlogits = _token_stats_bwd(
-        logits, targets, ctx.temperature, temperatures, stats, dlogprobs, dentropy
+        logits, targets, ctx.temperature, temperatures, stats, dlogprobs, dentropy, ctx.backend
     )
-    return dlogits, None, None, None, None
+    return dlogits, None, None, None, None, None
 
 
 _token_stats_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -213,7 +213,7 @@ def ends_by_native(entropy, mask, ends, threads):
         current=False,
         exclude_last=native.ptr(exclude_last),
         ends=native.ptr(ends),
-        threads=threads,
+        place=threads,
     )
 
 

@@ -233,11 +233,11 @@ def test_ignored_targets(backend):
 def test_rows_without_upstream_gradient_are_not_read():
     """Their logits are destroyed between the passes; their gradient is 0, not NaN."""
     logits, targets = draw(8, 50, torch.float32)
-    _, entropy, stats = _token_stats_fwd(logits, targets, 1.0, None, None)
+    _, entropy, stats = _token_stats_fwd(logits, targets, 1.0, None, None, "native")
     up = torch.zeros_like(entropy)
     up[3] = 2.0
     logits[torch.arange(8) != 3] = NAN
-    dlogits = _token_stats_bwd(logits, targets, 1.0, None, stats, None, up)
+    dlogits = _token_stats_bwd(logits, targets, 1.0, None, stats, None, up, "native")
     assert (dlogits[3] != 0).all()
     dlogits[3] = 0
     assert (dlogits == 0).all()
@@ -313,7 +313,7 @@ def test_any_shape_and_stride(case):
 def test_shifted_logits_are_not_copied():
     """A view of all but the last position costs no memory of its size."""
     logits = torch.zeros(2, 9, 64)[:, :-1]
-    stats = _token_stats_fwd(logits, None, 1.0, None, None)[2]
+    stats = _token_stats_fwd(logits, None, 1.0, None, None, "native")[2]
     row = native.extension.VocabRows
     seen = []
     native_rows = native.extension.vocab_backward
@@ -324,7 +324,7 @@ def test_shifted_logits_are_not_copied():
 
     real, native.extension = native.extension, Spy
     try:
-        _token_stats_bwd(logits, None, 1.0, None, stats, None, torch.ones(2, 8))
+        _token_stats_bwd(logits, None, 1.0, None, stats, None, torch.ones(2, 8), "native")
     finally:
         native.extension = real
     assert seen == [logits.data_ptr()]
@@ -405,8 +405,8 @@ def check_half_storage():
         up = up[~up.isinf()]
         logits = torch.zeros(len(up), 2, dtype=dtype)
         targets = torch.zeros(len(up), dtype=torch.long)
-        stats = _token_stats_fwd(logits, targets, 1.0, None, None)[2]
-        dlogits = _token_stats_bwd(logits, targets, 1.0, None, stats, up, None)
+        stats = _token_stats_fwd(logits, targets, 1.0, None, None, "native")[2]
+        dlogits = _token_stats_bwd(logits, targets, 1.0, None, stats, up, None, "native")
         torch.testing.assert_close(
             dlogits[:, 0], (up * 0.5).to(dtype), rtol=0, atol=0, equal_nan=True
         )
@@ -470,12 +470,12 @@ def test_opcheck(masked):
     targets = torch.randint(0, 17, (3, 4), generator=generator())
     mask = torch.rand(3, 4, generator=generator()) < 0.5 if masked else None
     temperatures = torch.full((3, 4), 0.7) if masked else None
-    torch.library.opcheck(_token_stats_fwd, (logits, targets, 1.0, temperatures, mask))
-    torch.library.opcheck(_token_stats_fwd, (logits, None, 0.5, None, mask))
-    stats = _token_stats_fwd(logits, targets, 1.0, temperatures, mask)[2].detach()
+    torch.library.opcheck(_token_stats_fwd, (logits, targets, 1.0, temperatures, mask, "native"))
+    torch.library.opcheck(_token_stats_fwd, (logits, None, 0.5, None, mask, "native"))
+    stats = _token_stats_fwd(logits, targets, 1.0, temperatures, mask, "native")[2].detach()
     up = torch.randn(3, 4, generator=generator())
     torch.library.opcheck(
-        _token_stats_bwd, (logits.detach(), targets, 1.0, temperatures, stats, up, None)
+        _token_stats_bwd, (logits.detach(), targets, 1.0, temperatures, stats, up, None, "native")
     )
 
 

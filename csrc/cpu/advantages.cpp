@@ -16,9 +16,9 @@ constexpr int64_t kTokensPerTask = 16384;
 constexpr int64_t kBlock = 4096;
 
 template <class Body>
-void for_each_row(Rows rows, int threads, Body body) {
+void for_each_row(Rows rows, Place place, Body body) {
   const int64_t grain = kTokensPerTask * rows.count / std::max<int64_t>(rows.tokens(), 1);
-  parallel_for(rows.count, grain, threads, [&](int64_t first, int64_t last) {
+  parallel_for(rows.count, grain, place, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) body(row, rows.begin(row), rows.end(row));
   });
 }
@@ -96,9 +96,9 @@ Moments moments_of_block(Floats x, const bool* mask, int64_t begin, int64_t end)
 // Sums term(t) over the action tokens of each row and weighs the rows.
 template <class Term>
 void aggregate(const bool* mask, Rows rows, Aggregation aggregation, float* loss,
-               double* row_weights, int threads, Term term) {
+               double* row_weights, Place place, Term term) {
   std::vector<double> sums(static_cast<size_t>(rows.count));
-  for_each_row(rows, threads, [&](int64_t row, int64_t begin, int64_t end) {
+  for_each_row(rows, place, [&](int64_t row, int64_t begin, int64_t end) {
     double sum = 0;
     int64_t count = 0;
     for (int64_t t = begin; t < end; ++t) {
@@ -138,8 +138,8 @@ void aggregate(const bool* mask, Rows rows, Aggregation aggregation, float* loss
 
 template <class Slope>
 void weigh_slopes(const float* dloss, const bool* mask, Rows rows, const double* row_weights,
-                  float* out, int threads, Slope slope) {
-  for_each_row(rows, threads, [&](int64_t row, int64_t begin, int64_t end) {
+                  float* out, Place place, Slope slope) {
+  for_each_row(rows, place, [&](int64_t row, int64_t begin, int64_t end) {
     const float weight = static_cast<float>(*dloss * row_weights[row]);
     for (int64_t t = begin; t < end; ++t) out[t] = mask[t] ? weight * slope(t) : 0.0f;
   });
@@ -147,7 +147,8 @@ void weigh_slopes(const float* dloss, const bool* mask, Rows rows, const double*
 
 // log of the ratio, held where clipping lets the loss grow no further: then exp cannot overflow
 // for a token whose term is bounded. NaN stays NaN.
-float limited_log_ratio(float log_ratio, float advantage, float low, float high) {
+template <class T>
+T limited_log_ratio(T log_ratio, T advantage, T low, T high) {
   if (advantage >= 0) return log_ratio > high ? high : log_ratio;
   return log_ratio < low ? low : log_ratio;
 }
@@ -174,15 +175,15 @@ struct ValueError {
 }  // namespace
 
 void scatter_segment_rewards_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
-                                 Credit credit, float* out, int threads) {
-  for_each_row(rows, threads, [&](int64_t, int64_t begin, int64_t end) {
+                                 Credit credit, float* out, Place place) {
+  for_each_row(rows, place, [&](int64_t, int64_t begin, int64_t end) {
     pay_row(rewards, ends, mask, begin, end, credit, out, [](int64_t) {});
   });
 }
 
 void gae_fwd(Floats rewards, Floats values, const bool* mask, Rows rows, double gamma, double lam,
-             float* advantages, float* returns, int threads) {
-  for_each_row(rows, threads, [&](int64_t, int64_t begin, int64_t end) {
+             float* advantages, float* returns, Place place) {
+  for_each_row(rows, place, [&](int64_t, int64_t begin, int64_t end) {
     GaeScan scan(gamma, lam);
     for (int64_t t = end - 1; t >= begin; --t) {
       if (mask[t]) {
@@ -197,8 +198,8 @@ void gae_fwd(Floats rewards, Floats values, const bool* mask, Rows rows, double 
 void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, Floats ref_logprobs,
                             Floats values, const bool* mask, Rows rows, Credit credit,
                             double kl_coef, double gamma, double lam, float* advantages,
-                            float* returns, float* token_rewards, float* kl, int threads) {
-  for_each_row(rows, threads, [&](int64_t, int64_t begin, int64_t end) {
+                            float* returns, float* token_rewards, float* kl, Place place) {
+  for_each_row(rows, place, [&](int64_t, int64_t begin, int64_t end) {
     GaeScan scan(gamma, lam);
     for (float* out : {advantages, returns, kl}) std::fill(out + begin, out + end, 0.0f);
     pay_row(rewards, ends, mask, begin, end, credit, token_rewards, [&](int64_t t) {
@@ -208,10 +209,10 @@ void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, F
   });
 }
 
-void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, int threads) {
+void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, Place place) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   std::vector<Moments> parts(static_cast<size_t>(blocks));
-  parallel_for(blocks, kTokensPerTask / kBlock, threads, [&](int64_t first, int64_t last) {
+  parallel_for(blocks, kTokensPerTask / kBlock, place, [&](int64_t first, int64_t last) {
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * kBlock;
       parts[block] = moments_of_block(x, mask, begin, std::min(begin + kBlock, n));
@@ -229,14 +230,14 @@ void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, int thr
 }
 
 void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bool center,
-                float* out, int threads) {
+                float* out, Place place) {
   const double count = moments[0];
   const double mean = moments[1];
   double variance = count > 0 ? moments[2] / count : 0;
   if (variance < kVarianceFloor) variance = kVarianceFloor;
   const double scale = 1 / std::sqrt(variance);
   const double shift = center ? 0 : mean;
-  parallel_for(n, kTokensPerTask, threads, [&](int64_t first, int64_t last) {
+  parallel_for(n, kTokensPerTask, place, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       out[t] = mask[t] ? static_cast<float>((x[t] - mean) * scale + shift) : 0.0f;
     }
@@ -245,29 +246,30 @@ void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bo
 
 void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, const bool* mask,
                      Rows rows, float low, float high, Aggregation aggregation, float* loss,
-                     double* row_weights, int threads) {
-  aggregate(mask, rows, aggregation, loss, row_weights, threads, [&](int64_t t) {
-    const float advantage = advantages[t];
-    const float q = logprobs[t] - old_logprobs[t];
-    return -advantage * std::exp(limited_log_ratio(q, advantage, low, high));
+                     double* row_weights, Place place) {
+  aggregate(mask, rows, aggregation, loss, row_weights, place, [&](int64_t t) {
+    // Double: the terms cancel, and the errors of a float's exp would remain.
+    const double advantage = advantages[t];
+    const double q = static_cast<double>(logprobs[t]) - old_logprobs[t];
+    return -advantage * std::exp(limited_log_ratio<double>(q, advantage, low, high));
   });
 }
 
 void policy_loss_bwd(const float* dloss, Floats logprobs, Floats old_logprobs, Floats advantages,
                      const bool* mask, Rows rows, float low, float high, const double* row_weights,
-                     float* dlogprobs, int threads) {
-  weigh_slopes(dloss, mask, rows, row_weights, dlogprobs, threads, [&](int64_t t) {
+                     float* dlogprobs, Place place) {
+  weigh_slopes(dloss, mask, rows, row_weights, dlogprobs, place, [&](int64_t t) {
     const float advantage = advantages[t];
     const float q = logprobs[t] - old_logprobs[t];
-    const bool clipped = limited_log_ratio(q, advantage, low, high) != q && q == q;
+    const bool clipped = limited_log_ratio<float>(q, advantage, low, high) != q && q == q;
     return clipped ? 0.0f : -advantage * std::exp(q);
   });
 }
 
 void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool* mask, Rows rows,
                     float clip, Aggregation aggregation, float* loss, double* row_weights,
-                    int threads) {
-  aggregate(mask, rows, aggregation, loss, row_weights, threads, [&](int64_t t) {
+                    Place place) {
+  aggregate(mask, rows, aggregation, loss, row_weights, place, [&](int64_t t) {
     const ValueError error(values[t], old_values[t], returns[t], clip);
     const float counted = error.plain_counts() ? error.plain : error.clipped;
     return 0.5f * counted * counted;
@@ -276,8 +278,8 @@ void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool
 
 void value_loss_bwd(const float* dloss, Floats values, Floats old_values, Floats returns,
                     const bool* mask, Rows rows, float clip, const double* row_weights,
-                    float* dvalues, int threads) {
-  weigh_slopes(dloss, mask, rows, row_weights, dvalues, threads, [&](int64_t t) {
+                    float* dvalues, Place place) {
+  weigh_slopes(dloss, mask, rows, row_weights, dvalues, place, [&](int64_t t) {
     const ValueError error(values[t], old_values[t], returns[t], clip);
     return error.plain_counts() || error.inside ? error.plain : 0.0f;
   });

@@ -103,12 +103,12 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(int64_t count, int64_t grain, int threads,
+void parallel_for(int64_t count, int64_t grain, int64_t threads,
                   const std::function<void(int64_t, int64_t)>& body) {
   if (count <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   const int64_t pieces = (count + grain - 1) / grain;
-  const int used = static_cast<int>(std::min<int64_t>(std::max(threads, 1), pieces));
+  const int used = static_cast<int>(std::min(std::max<int64_t>(threads, 1), pieces));
   if (used > 1) {
     Job job;
     job.body = &body;

@@ -61,8 +61,8 @@ SegmentSum sum_of_row(Floats rewards, const bool* ends, const bool* mask, int64_
 
 template <class RowGradient>
 void scatter_rows(RowGradient dscore, const int32_t* counts, const bool* ends, const bool* mask,
-                  Rows rows, bool mean, float* drewards, int threads) {
-  parallel_for(rows.count, rows_per_task(rows), threads, [&](int64_t first, int64_t last) {
+                  Rows rows, bool mean, float* drewards, Place place) {
+  parallel_for(rows.count, rows_per_task(rows), place, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const float gradient = segment_gradient(dscore(row), counts[row], mean);
       const int64_t end = rows.end(row);
@@ -76,9 +76,9 @@ void scatter_rows(RowGradient dscore, const int32_t* counts, const bool* ends, c
 }  // namespace
 
 int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshold, bool current,
-                     const bool* exclude_last, bool* ends, int threads) {
+                     const bool* exclude_last, bool* ends, Place place) {
   FirstToken nan;
-  parallel_for(rows.count, rows_per_task(rows), threads, [&](int64_t first, int64_t last) {
+  parallel_for(rows.count, rows_per_task(rows), place, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t met = ends_of_row(entropy, mask, rows.begin(row), rows.end(row), threshold,
                                       current, exclude_last[row], ends);
@@ -89,8 +89,8 @@ int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshol
 }
 
 void segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows, bool mean,
-                        float* scores, int32_t* counts, int threads) {
-  parallel_for(rows.count, rows_per_task(rows), threads, [&](int64_t first, int64_t last) {
+                        float* scores, int32_t* counts, Place place) {
+  parallel_for(rows.count, rows_per_task(rows), place, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const SegmentSum sum = sum_of_row(rewards, ends, mask, rows.begin(row), rows.end(row));
       scores[row] = sum.score(mean);
@@ -100,16 +100,16 @@ void segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows
 }
 
 void segment_scores_bwd(const float* dscores, const int32_t* counts, const bool* ends,
-                        const bool* mask, Rows rows, bool mean, float* drewards, int threads) {
+                        const bool* mask, Rows rows, bool mean, float* drewards, Place place) {
   scatter_rows([&](int64_t row) { return dscores[row]; }, counts, ends, mask, rows, mean, drewards,
-               threads);
+               place);
 }
 
 void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
                                const float* margin, BradleyTerryOptions options, float* loss,
                                float* scores, float* accuracy, int32_t* counts, float* slopes,
-                               int threads) {
-  segment_scores_fwd(rewards, ends, mask, rows, options.mean, scores, counts, threads);
+                               Place place) {
+  segment_scores_fwd(rewards, ends, mask, rows, options.mean, scores, counts, place);
   const int64_t pairs = rows.count / 2;
   double total = 0;
   int64_t right = 0;
@@ -129,10 +129,10 @@ void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mas
 
 void segment_bradley_terry_bwd(const float* dloss, const float* dscores, const float* slopes,
                                const int32_t* counts, const bool* ends, const bool* mask, Rows rows,
-                               bool mean, float* drewards, int threads) {
+                               bool mean, float* drewards, Place place) {
   const float scale = *dloss;
   scatter_rows([&](int64_t row) { return scale * slopes[row] + dscores[row]; }, counts, ends, mask,
-               rows, mean, drewards, threads);
+               rows, mean, drewards, place);
 }
 
 }  // namespace segk

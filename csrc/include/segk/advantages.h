@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "segk/dtype.h"
+#include "segk/place.h"
 #include "segk/rows.h"
 
 namespace segk {
@@ -75,37 +76,37 @@ enum class Aggregation : int32_t {
 // Every op writes all tokens of its outputs: 0 where mask is false, and there it reads nothing.
 
 void scatter_segment_rewards_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
-                                 Credit credit, float* out, int threads);
+                                 Credit credit, float* out, Place place);
 
 void gae_fwd(Floats rewards, Floats values, const bool* mask, Rows rows, double gamma, double lam,
-             float* advantages, float* returns, int threads);
+             float* advantages, float* returns, Place place);
 
 void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, Floats ref_logprobs,
                             Floats values, const bool* mask, Rows rows, Credit credit,
                             double kl_coef, double gamma, double lam, float* advantages,
-                            float* returns, float* token_rewards, float* kl, int threads);
+                            float* returns, float* token_rewards, float* kl, Place place);
 
 constexpr double kVarianceFloor = 1e-8;
 
 // moments: count, mean and summed squared deviation over x[mask].
-void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, int threads);
+void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, Place place);
 
 void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bool center,
-                float* out, int threads);
+                float* out, Place place);
 
 // Losses: `loss` is one float; `row_weights` [N] is what a token of each row weighs in it, which
 // the backward pass takes back.
 void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, const bool* mask,
                      Rows rows, float low, float high, Aggregation aggregation, float* loss,
-                     double* row_weights, int threads);
+                     double* row_weights, Place place);
 void policy_loss_bwd(const float* dloss, Floats logprobs, Floats old_logprobs, Floats advantages,
                      const bool* mask, Rows rows, float low, float high, const double* row_weights,
-                     float* dlogprobs, int threads);
+                     float* dlogprobs, Place place);
 void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool* mask, Rows rows,
                     float clip, Aggregation aggregation, float* loss, double* row_weights,
-                    int threads);
+                    Place place);
 void value_loss_bwd(const float* dloss, Floats values, Floats old_values, Floats returns,
                     const bool* mask, Rows rows, float clip, const double* row_weights,
-                    float* dvalues, int threads);
+                    float* dvalues, Place place);
 
 }  // namespace segk

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "segk/place.h"
 #include "segk/rows.h"
 
 namespace segk {
@@ -10,15 +11,15 @@ namespace segk {
 // ends [T]; exclude_last [N]. Writes every token of the rows. `current`: entropy[t] belongs to the
 // distribution that produced t. Returns the first token whose NaN could decide a boundary, else -1.
 int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshold, bool current,
-                     const bool* exclude_last, bool* ends, int threads);
+                     const bool* exclude_last, bool* ends, Place place);
 
 // scores [N], counts [N] (segments per row); mask may be null.
 void segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows, bool mean,
-                        float* scores, int32_t* counts, int threads);
+                        float* scores, int32_t* counts, Place place);
 
 // drewards [T] from dscores [N]: zero wherever no reward was read.
 void segment_scores_bwd(const float* dscores, const int32_t* counts, const bool* ends,
-                        const bool* mask, Rows rows, bool mean, float* drewards, int threads);
+                        const bool* mask, Rows rows, bool mean, float* drewards, Place place);
 
 struct BradleyTerryOptions {
   bool mean;
@@ -31,11 +32,11 @@ struct BradleyTerryOptions {
 void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
                                const float* margin, BradleyTerryOptions options, float* loss,
                                float* scores, float* accuracy, int32_t* counts, float* slopes,
-                               int threads);
+                               Place place);
 
 // drewards [T] from dloss [1] and dscores [N].
 void segment_bradley_terry_bwd(const float* dloss, const float* dscores, const float* slopes,
                                const int32_t* counts, const bool* ends, const bool* mask, Rows rows,
-                               bool mean, float* drewards, int threads);
+                               bool mean, float* drewards, Place place);
 
 }  // namespace segk

@@ -1,0 +1,12 @@
+// Where a sequence op runs. The ops are declared and bound once, and each module of the package
+// implements them: _native on CPUs, _cuda on NVIDIA GPUs.
+#pragma once
+
+#include <cstdint>
+
+namespace segk {
+
+// CPU: how many threads may work on it. GPU: the cudaStream_t that it is put on.
+using Place = int64_t;
+
+}  // namespace segk

@@ -1,0 +1,63 @@
+"""Rows of logits and the four kernels over them, which each backend has.
+
+``forward`` takes whole rows. ``accumulate`` takes one slice of columns after another into states,
+and ``finish`` turns those into the same numbers. ``backward`` gives the gradient of whole rows or
+of a slice. They fill memory that the caller allocated, on the device of the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of logits [..., V], or a slice of V columns of wider rows."""
+
+    logits: Tensor  # [..., V], ``addressable``
+    targets: Tensor | None  # [...] int64, columns of the wider rows
+    temperature: float
+    temperatures: Tensor | None = None  # [...] float32, in place of ``temperature``
+    first: int = 0  # the column of the wider rows that the slice begins with
+
+    @property
+    def count(self) -> int:
+        return self.logits.shape[:-1].numel()
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """(inner, outer stride, inner stride): row r starts r // inner outer strides and
+        r % inner inner strides, counted in elements, into the logits."""
+        (_, outer), (inner, inner_stride) = [(1, 0), (1, 0), *_leading(self.logits)][-2:]
+        return inner, outer, inner_stride
+
+
+def _leading(logits: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the leading dimensions, as few as they can be merged into."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    return dims
+
+
+def addressable(logits: Tensor) -> Tensor:
+    """The logits, copied only where two strides and adjacent columns do not describe them."""
+    adjacent = logits.stride(-1) == 1 or logits.shape[-1] == 1
+    return logits if adjacent and len(_leading(logits)) <= 2 else logits.contiguous()
+
+
+def kernels(backend: str) -> ModuleType:
+    """The module whose four functions run on ``backend``."""
+    if backend == "triton":
+        from .triton import vocab as kernels
+    else:
+        from . import native_vocab as kernels
+    return kernels
