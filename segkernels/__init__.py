@@ -24,6 +24,11 @@ from .ppo_loss import policy_loss, value_loss
 from .rewards import scatter_segment_rewards
 from .segments import segment_ends, segment_offsets
 from .token_stats import entropy_from_logits, logprobs_and_entropy
+from .vocab_parallel import (
+    merge_vocab_stats,
+    vocab_parallel_logprobs_and_entropy,
+    vocab_shard_stats,
+)
 
 __all__ = [
     "BradleyTerry",
@@ -41,6 +46,7 @@ __all__ = [
     "linear_logprobs_and_entropy",
     "linear_policy_loss",
     "logprobs_and_entropy",
+    "merge_vocab_stats",
     "normalizer_from_dict",
     "policy_loss",
     "scatter_segment_rewards",
@@ -51,5 +57,7 @@ __all__ = [
     "segment_positions",
     "segment_scores",
     "value_loss",
+    "vocab_parallel_logprobs_and_entropy",
+    "vocab_shard_stats",
     "whiten",
 ]

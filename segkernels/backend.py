@@ -20,6 +20,8 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
     "entropy_from_logits": {"native": ("cpu",)},
     "logprobs_and_entropy": {"native": ("cpu",)},
     "linear_logprobs_and_entropy": {"native": ("cpu",)},
+    "vocab_shard_stats": {"native": ("cpu",)},
+    "merge_vocab_stats": {"native": ("cpu",)},
     "segment_ends": {"native": ("cpu",)},
     "segment_offsets": {},
     "segment_scores": {"native": ("cpu",)},

@@ -232,13 +232,16 @@ def _token_stats_bwd(
     dlogprobs: Tensor | None,
     dentropy: Tensor | None,
     backend: str,
+    first: int = 0,
 ) -> Tensor:
+    """The gradient of whole rows, or of a slice of their columns that begins with ``first``."""
     targets, temperatures, dlogprobs, dentropy = each(
         Tensor.contiguous, targets, temperatures, dlogprobs, dentropy
     )
     dlogits = native.empty(logits, *logits.shape, dtype=logits.dtype)
-    rows = vocab.Rows(vocab.addressable(logits), targets, temperature, temperatures)
-    vocab.kernels(backend).backward(rows, stats, dlogprobs, dentropy, dlogits)
+    rows = vocab.Rows(vocab.addressable(logits), targets, temperature, temperatures, first)
+    if dlogits.numel():
+        vocab.kernels(backend).backward(rows, stats, dlogprobs, dentropy, dlogits)
     return dlogits
 
 

@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 
 from segkernels.advantages import whiten
 from segkernels.normalizer import RunningLocationNormalizer
+from segkernels.vocab_parallel import vocab_parallel_logprobs_and_entropy
 
 
 def on_ranks(function, n_ranks, folder, *args):
@@ -46,3 +47,28 @@ def running_states(rank, batches, decay):
         running.refit()
         states.append(running.state_dict())
     return states, len(calls)
+
+
+def vocab_parallel(rank, cases):
+    """(logprobs, entropy, dlogits, shapes that were gathered) of each case with this rank in it."""
+    gathered = []
+    all_gather = dist.all_gather
+    dist.all_gather = lambda out, x, **kwargs: (
+        gathered.append(x.shape),
+        all_gather(out, x, **kwargs),
+    )[1]
+    results = []
+    for ranks, shards, arguments, upstream in cases:
+        group = dist.new_group(ranks) if ranks else None
+        if ranks and rank not in ranks:
+            continue
+        mine = dist.get_rank(group)
+        logits = shards[mine].requires_grad_()
+        start = sum(shard.shape[-1] for shard in shards[:mine])
+        gathered.clear()
+        outputs = vocab_parallel_logprobs_and_entropy(
+            logits, vocab_start=start, group=group, **arguments
+        )
+        (dlogits,) = torch.autograd.grad(outputs, logits, upstream)
+        results.append((*(x.detach() for x in outputs), dlogits, [tuple(s) for s in gathered]))
+    return results

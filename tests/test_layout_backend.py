@@ -269,6 +269,7 @@ def test_torchs_defaults_do_not_matter(changed):
         outs = [
             *sk.logprobs_and_entropy(hidden @ weight.T, targets),
             *sk.linear_logprobs_and_entropy(hidden, weight, targets, bias=bias),
+            *sk.vocab_parallel_logprobs_and_entropy(hidden @ weight.T, targets, 0),
             sk.segment_scores(x, ends, mask),
             sk.segment_bradley_terry(x, ends, mask).loss,
             sk.policy_loss(x, x.detach() - 0.1, x.detach(), mask),

@@ -40,7 +40,7 @@ def row_stats(
 
 def take_rows(x: Tensor, shape: torch.Size, mask: Tensor | None) -> Tensor:
     """[A, ...] the rows of x [*shape, ...] that the mask keeps."""
-    return x.reshape(-1, *x.shape[len(shape) :]) if mask is None else x[mask]
+    return x.reshape(shape.numel(), *x.shape[len(shape) :]) if mask is None else x[mask]
 
 
 def take_per_row(
