@@ -28,6 +28,20 @@ SEGK_HD inline bool ends_segment(int64_t left, int64_t total, bool over, bool ex
   return over || (left == 1 && excluded);
 }
 
+// A run of tokens of one row, cut into segments by the ends in it.
+struct Pieces {
+  int64_t segments;   // ends
+  int64_t first_end;  // token of the first one
+  int64_t head;       // action tokens up to the first end; without one, all of them
+  int64_t tail;       // action tokens behind the last end; without one, all of them
+};
+
+SEGK_HD inline Pieces combine(Pieces left, Pieces right) {
+  return {left.segments + right.segments, left.segments ? left.first_end : right.first_end,
+          left.segments ? left.head : left.head + right.head,
+          right.segments ? right.tail : left.tail + right.tail};
+}
+
 // Rewards at the ends of a row. Double: a row may hold a hundred thousand segments.
 struct SegmentSum {
   double sum;
