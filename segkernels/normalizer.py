@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ class Curve:
 
     def knots(self) -> Tensor:
         """``[3, K]`` fp32 on the CPU: positions, means, stds."""
+        return self._knots
+
+    @cached_property
+    def _knots(self) -> Tensor:
         return torch.tensor(
             [self.positions, self.means, self.stds], dtype=torch.float32, device="cpu"
         )

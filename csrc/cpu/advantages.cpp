@@ -99,50 +99,36 @@ struct Payment {
 
 const Pieces kNoPieces{0, -1, 0, 0};
 
-// Generalised advantage estimation, from the last action token to the first. Token i hands
-// B_i = gamma lam A_i + gamma V_i to the one before it, so A_i = (R_i - V_i) + B_{i+1}, and B is
-// the only thing that is carried. Double: a sum over a long row keeps the precision of its terms.
-struct Discounts {
-  double gamma;
-  double decay;
-
-  Affine<double> step(double excess, double value) const {  // excess: R - V
-    return {decay, decay * excess + gamma * value};
-  }
-
-  template <class Reward, class Values>
-  void operator()(const Row& row, Scan<Affine<double>>& scan, Reward reward, Values values,
-                  Flags mask, float* advantages, float* returns) const {
-    scan.walk(
-        row,
-        [&](int64_t begin, int64_t end) {
-          Affine<double> steps{1, 0};
-          visit_true_backward(
-              begin, end,
-              [&](int64_t t) {
-                const double value = values[t];
-                steps = combine(step(reward(t) - value, value), steps);
-              },
-              mask);
-          return steps;
-        },
-        [&](int64_t begin, int64_t end, Affine<double>, Affine<double> after) {
-          double handed = after(0);
-          for (int64_t t = end - 1; t >= begin; --t) {
-            if (!mask[t]) {
-              advantages[t] = returns[t] = 0;
-              continue;
-            }
-            const double value = values[t];
-            const double excess = reward(t) - value;
-            const double advantage = excess + handed;
-            advantages[t] = static_cast<float>(advantage);
-            returns[t] = static_cast<float>(advantage + value);
-            handed = step(excess, value)(handed);
+template <class Reward, class Values>
+void estimate(const Row& row, Scan<Affine<double>>& scan, Gae gae, Reward reward, Values values,
+              Flags mask, float* advantages, float* returns) {
+  scan.walk(
+      row,
+      [&](int64_t begin, int64_t end) {
+        Affine<double> steps{1, 0};
+        visit_true_backward(
+            begin, end,
+            [&](int64_t t) { steps = combine(gae.leaves(reward(t), values[t]), steps); }, mask);
+        return steps;
+      },
+      [&](int64_t begin, int64_t end, Affine<double>, Affine<double> after) {
+        const int64_t last = last_true(begin, end, mask);
+        for (float* out : {advantages, returns}) std::fill(out + last + 1, out + end, 0.0f);
+        double ahead = after(0);
+        for (int64_t t = last; t >= begin; --t) {
+          if (!mask[t]) {
+            advantages[t] = returns[t] = 0;
+            continue;
           }
-        });
-  }
-};
+          const double r = reward(t);
+          const double value = values[t];
+          const double advantage = Gae::advantage(r, value, ahead);
+          advantages[t] = static_cast<float>(advantage);
+          returns[t] = static_cast<float>(advantage + value);
+          ahead = gae.leaves(r, value)(ahead);
+        }
+      });
+}
 
 const Affine<double> kNoStep{1, 0};
 
@@ -267,14 +253,13 @@ void scatter_segment_rewards_fwd(Floats rewards, const bool* ends, const bool* m
 
 void gae_fwd(Floats rewards, Floats values, const bool* mask, Rows rows, double gamma, double lam,
              float* advantages, float* returns, Place place) {
-  const Discounts discounts{gamma, gamma * lam};
   const Flags actions = flags_of(mask);
   with_storage(
       [&](auto r, auto v) {
         Scan<Affine<double>> steps(kNoStep);
         for_each_row(rows, actions, place, [&](const Row& row) {
           const auto reward = [&](int64_t t) -> double { return r[t]; };
-          discounts(row, steps, reward, v, actions, advantages, returns);
+          estimate(row, steps, {gamma, gamma * lam}, reward, v, actions, advantages, returns);
         });
       },
       rewards, values);
@@ -284,7 +269,6 @@ void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, F
                             Floats values, const bool* mask, Rows rows, Credit credit,
                             double kl_coef, double gamma, double lam, float* advantages,
                             float* returns, float* token_rewards, float* kl, Place place) {
-  const Discounts discounts{gamma, gamma * lam};
   const Flags actions = flags_of(mask);
   with_storage(
       [&](auto r, auto logp, auto ref, auto v) {
@@ -299,7 +283,7 @@ void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, F
             }
           });
           const auto reward = [&](int64_t t) { return token_rewards[t] - kl_coef * kl[t]; };
-          discounts(row, steps, reward, v, actions, advantages, returns);
+          estimate(row, steps, {gamma, gamma * lam}, reward, v, actions, advantages, returns);
         });
       },
       rewards, logprobs, ref_logprobs, values);

@@ -14,7 +14,7 @@
 
 namespace segk {
 
-constexpr int64_t kTokensPerTask = 16384;
+constexpr int64_t kTokensPerTask = 8192;
 constexpr int64_t kBlock = 32768;  // marked tokens
 
 struct Row {

@@ -93,7 +93,7 @@ void scatter_rows(RowGradient dscore, const int32_t* counts, const bool* ends, c
 }  // namespace
 
 int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshold, bool current,
-                     const bool* exclude_last, bool* ends, Place place) {
+                     const bool* exclude_last, bool exclude_all, bool* ends, Place place) {
   FirstToken nan;
   const Boundaries boundaries{threshold, current};
   const Flags actions = flags_of(mask);
@@ -102,14 +102,15 @@ int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshol
       [&](auto h) {
         Scan<Following> scan({0, false});
         for_each_row(rows, actions, place, [&](const Row& row) {
+          const bool exclude = exclude_last ? exclude_last[row.index] : exclude_all;
           scan.walk(
               row,
               [&](int64_t begin, int64_t end) {
                 return boundaries.summarize(h, actions, begin, end);
               },
               [&](int64_t begin, int64_t end, Following before, Following after) {
-                const int64_t met = boundaries.walk(h, actions, begin, end, before, after,
-                                                    exclude_last[row.index], out);
+                const int64_t met =
+                    boundaries.walk(h, actions, begin, end, before, after, exclude, out);
                 if (met >= 0) nan.meet(met);
               });
         });

@@ -112,6 +112,22 @@ SEGK_HD inline Affine<T> combine(Affine<T> outer, Affine<T> inner) {
   return {outer.scale * inner.scale, outer(inner.shift)};
 }
 
+// Generalised advantage estimation, from the last action token of a row to the first. What a token
+// leaves to the one before it, x_i = gamma V_i + gamma lam A_i, is an affine map of x_{i+1} that
+// needs no other token: A_i = R_i - V_i + x_{i+1}. Double: a sum over a long row keeps the
+// precision of its terms.
+struct Gae {
+  double gamma;
+  double decay;  // gamma lam
+
+  SEGK_HD Affine<double> leaves(double reward, double value) const {
+    return {decay, decay * (reward - value) + gamma * value};
+  }
+  SEGK_HD static double advantage(double reward, double value, double ahead) {
+    return reward - value + ahead;
+  }
+};
+
 // Count, mean and summed squared deviation of a set of values, merged as by Chan, Golub and
 // LeVeque.
 struct Moments {
