@@ -15,12 +15,13 @@ void bind_segments(py::module_& m) {
   m.def(
       "segment_ends",
       [](FloatsArg entropy, uintptr_t mask, RowsArg rows, float threshold, bool current,
-         uintptr_t exclude_last, uintptr_t ends, segk::Place place) {
+         uintptr_t exclude_last, bool exclude_all, uintptr_t ends, segk::Place place) {
         return segk::segment_ends(floats(entropy), at<const bool>(mask), rows_of(rows), threshold,
-                                  current, at<const bool>(exclude_last), at<bool>(ends), place);
+                                  current, at<const bool>(exclude_last), exclude_all,
+                                  at<bool>(ends), place);
       },
       no_gil, "entropy"_a, "mask"_a, "rows"_a, "threshold"_a, "current"_a, "exclude_last"_a,
-      "ends"_a, "place"_a);
+      "exclude_all"_a, "ends"_a, "place"_a);
 
   m.def(
       "segment_scores_fwd",

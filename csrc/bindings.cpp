@@ -9,6 +9,7 @@ namespace py = pybind11;
 
 void bind_segments(py::module_& m);
 void bind_advantages(py::module_& m);
+void bind_normalizer(py::module_& m);
 void bind_vocab(py::module_& m);
 
 PYBIND11_MODULE(_native, m) {
@@ -17,5 +18,6 @@ PYBIND11_MODULE(_native, m) {
         [] { return std::string("isa ") + segk::isa_name() + "; built without CUDA"; });
   bind_segments(m);
   bind_advantages(m);
+  bind_normalizer(m);
   bind_vocab(m);
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, check_like, layout_of
+from .layout import check_bools, check_floats, check_like, constants, layout_of
 from .moments import all_reduce
 from .normalizer import Normalizer
 from .reference import advantages as reference
@@ -58,7 +58,7 @@ def gae(
     _check_floats_like("values", values, rewards)
     check_bools("mask", mask, "rewards", rewards)
     _check_discounts(gamma, lam)
-    rewards, values = rewards.detach(), values.detach()
+    rewards, values = constants(rewards, values)
     if choose("gae", rewards, values, backend=backend) == "reference":
         return reference.gae(rewards, values, mask, layout, gamma=gamma, lam=lam)
     return _gae_fwd(
@@ -134,8 +134,7 @@ def segment_advantages(
             f"kl_coef: expected a finite number, got {kl_coef}; pass 0.0 for no penalty"
         )
     _check_discounts(gamma, lam)
-    rewards, values = rewards.detach(), values.detach()
-    logprobs, ref_logprobs = logprobs.detach(), ref_logprobs.detach()
+    rewards, logprobs, ref_logprobs, values = constants(rewards, logprobs, ref_logprobs, values)
     chosen = choose("segment_advantages", rewards, logprobs, ref_logprobs, values, backend=backend)
     if chosen == "reference":
         return reference.segment_advantages(
@@ -204,7 +203,7 @@ def whiten(
     """
     check_floats("x", x)
     check_bools("mask", mask, "x", x)
-    x = x.detach()
+    (x,) = constants(x)
     if choose("whiten", x, backend=backend) == "reference":
         moments = all_reduce(reference.moments(x, mask), group)
         return reference.whiten(x, mask, moments, center)
@@ -225,7 +224,7 @@ def _check_discounts(gamma: float, lam: float) -> None:
             )
 
 
-@torch.library.custom_op("segkernels::gae_fwd", mutates_args=())
+@native.operator
 def _gae_fwd(
     rewards: Tensor,
     values: Tensor,
@@ -234,10 +233,7 @@ def _gae_fwd(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    advantages, returns = (
-        native.empty(rewards, *rewards.shape),
-        native.empty(rewards, *rewards.shape),
-    )
+    advantages, returns = native.empty_like(rewards), native.empty_like(rewards)
     native.kernels(rewards).gae_fwd(
         native.floats(rewards),
         native.floats(values),
@@ -252,12 +248,12 @@ def _gae_fwd(
     return advantages, returns
 
 
-@_gae_fwd.register_fake
+@torch.library.register_fake(_gae_fwd)
 def _(rewards, *_):
-    return native.empty(rewards, *rewards.shape), native.empty(rewards, *rewards.shape)
+    return native.empty_like(rewards), native.empty_like(rewards)
 
 
-@torch.library.custom_op("segkernels::segment_advantages_fwd", mutates_args=())
+@native.operator
 def _segment_advantages_fwd(
     rewards: Tensor,
     ends: Tensor,
@@ -277,9 +273,8 @@ def _segment_advantages_fwd(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    advantages, returns, token_rewards, kl = (
-        native.empty(rewards, *rewards.shape) for _ in range(4)
-    )
+    advantages, returns = native.empty_like(rewards), native.empty_like(rewards)
+    token_rewards, kl = native.empty_like(rewards), native.empty_like(rewards)
     native.kernels(rewards).segment_advantages_fwd(
         native.floats(rewards),
         native.ptr(ends),
@@ -304,12 +299,12 @@ def _segment_advantages_fwd(
     return advantages, returns, token_rewards, kl
 
 
-@_segment_advantages_fwd.register_fake
+@torch.library.register_fake(_segment_advantages_fwd)
 def _(rewards, *_):
-    return tuple(native.empty(rewards, *rewards.shape) for _ in range(4))
+    return tuple(native.empty_like(rewards) for _ in range(4))
 
 
-@torch.library.custom_op("segkernels::moments_fwd", mutates_args=())
+@native.operator
 def _moments_fwd(x: Tensor, mask: Tensor) -> Tensor:
     moments = native.empty(x, 3, dtype=torch.float64)
     native.kernels(x).moments_fwd(
@@ -318,14 +313,14 @@ def _moments_fwd(x: Tensor, mask: Tensor) -> Tensor:
     return moments
 
 
-@_moments_fwd.register_fake
+@torch.library.register_fake(_moments_fwd)
 def _(x, mask):
     return native.empty(x, 3, dtype=torch.float64)
 
 
-@torch.library.custom_op("segkernels::whiten_fwd", mutates_args=())
+@native.operator
 def _whiten_fwd(x: Tensor, mask: Tensor, moments: Tensor, center: bool) -> Tensor:
-    out = native.empty(x, *x.shape)
+    out = native.empty_like(x)
     native.kernels(x).whiten_fwd(
         native.floats(x),
         native.ptr(mask),
@@ -338,6 +333,6 @@ def _whiten_fwd(x: Tensor, mask: Tensor, moments: Tensor, center: bool) -> Tenso
     return out
 
 
-@_whiten_fwd.register_fake
+@torch.library.register_fake(_whiten_fwd)
 def _(x, mask, moments, center):
-    return native.empty(x, *x.shape)
+    return native.empty_like(x)

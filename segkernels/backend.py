@@ -27,6 +27,7 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
     "segment_scores": {"native": ("cpu",)},
     "segment_bradley_terry": {"native": ("cpu",)},
     "scatter_segment_rewards": {"native": ("cpu",)},
+    "RunningLocationNormalizer": {"native": ("cpu",)},
     "gae": {"native": ("cpu",)},
     "segment_advantages": {"native": ("cpu",)},
     "whiten": {"native": ("cpu",)},

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import Layout, check_bools, check_floats, layout_of
+from .layout import Layout, check_bools, check_floats, constants, layout_of
 from .reference import bradley_terry as reference
 
 Reduction = Literal["mean", "sum"]
@@ -132,7 +132,7 @@ def segment_bradley_terry(
                 f"margin: expected shape [{pairs}], one per pair, got {list(margin.shape)}; pass "
                 "how much better each chosen row is"
             )
-        margin = margin.detach()
+        (margin,) = constants(margin)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(
             f"label_smoothing: expected a probability in [0, 1], got {label_smoothing}; "
@@ -181,7 +181,7 @@ def _check(
     return layout
 
 
-@torch.library.custom_op("segkernels::segment_scores_fwd", mutates_args=())
+@native.operator
 def _segment_scores_fwd(
     rewards: Tensor,
     ends: Tensor,
@@ -190,8 +190,8 @@ def _segment_scores_fwd(
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = layout_of("rewards", rewards, cu_seqlens)
-    scores = rewards.new_empty(layout.n_rows, dtype=torch.float32)
-    counts = rewards.new_empty(layout.n_rows, dtype=torch.int32)
+    scores = native.empty(rewards, layout.n_rows)
+    counts = native.empty(rewards, layout.n_rows, dtype=torch.int32)
     native.kernels(rewards).segment_scores_fwd(
         native.floats(rewards),
         native.ptr(ends),
@@ -205,7 +205,7 @@ def _segment_scores_fwd(
     return scores, counts
 
 
-@torch.library.custom_op("segkernels::segment_scores_bwd", mutates_args=())
+@native.operator
 def _segment_scores_bwd(
     dscores: Tensor,
     counts: Tensor,
@@ -215,7 +215,7 @@ def _segment_scores_bwd(
     mean: bool,
 ) -> Tensor:
     layout = layout_of("ends", ends, cu_seqlens)
-    drewards = torch.empty_like(ends, dtype=torch.float32)
+    drewards = native.empty_like(ends)
     native.kernels(dscores).segment_scores_bwd(
         native.ptr(dscores),
         native.ptr(counts),
@@ -229,18 +229,18 @@ def _segment_scores_bwd(
     return drewards
 
 
-@_segment_scores_fwd.register_fake
+@torch.library.register_fake(_segment_scores_fwd)
 def _(rewards, ends, mask, cu_seqlens, mean):
     n_rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
-        rewards.new_empty(n_rows, dtype=torch.float32),
-        rewards.new_empty(n_rows, dtype=torch.int32),
+        native.empty(rewards, n_rows),
+        native.empty(rewards, n_rows, dtype=torch.int32),
     )
 
 
-@_segment_scores_bwd.register_fake
+@torch.library.register_fake(_segment_scores_bwd)
 def _(dscores, counts, ends, mask, cu_seqlens, mean):
-    return torch.empty_like(ends, dtype=torch.float32)
+    return native.empty_like(ends)
 
 
 def _save_scores(ctx, inputs, output):
@@ -255,10 +255,10 @@ def _scores_backward(ctx, dscores, _):
     return drewards.to(ctx.dtype), None, None, None, None
 
 
-_segment_scores_fwd.register_autograd(_scores_backward, setup_context=_save_scores)
+torch.library.register_autograd(_segment_scores_fwd, _scores_backward, setup_context=_save_scores)
 
 
-@torch.library.custom_op("segkernels::segment_bradley_terry_fwd", mutates_args=())
+@native.operator
 def _segment_bradley_terry_fwd(
     rewards: Tensor,
     ends: Tensor,
@@ -270,11 +270,11 @@ def _segment_bradley_terry_fwd(
     center_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = layout_of("rewards", rewards, cu_seqlens)
-    loss = rewards.new_empty((), dtype=torch.float32)
-    scores = rewards.new_empty(layout.n_rows, dtype=torch.float32)
-    accuracy = torch.empty_like(loss)
-    counts = torch.empty_like(scores, dtype=torch.int32)
-    slopes = torch.empty_like(scores)
+    loss = native.empty(rewards)
+    scores = native.empty(rewards, layout.n_rows)
+    accuracy = native.empty_like(loss)
+    counts = native.empty_like(scores, torch.int32)
+    slopes = native.empty_like(scores)
     native.kernels(rewards).segment_bradley_terry_fwd(
         native.floats(rewards),
         native.ptr(ends),
@@ -294,7 +294,7 @@ def _segment_bradley_terry_fwd(
     return loss, scores, accuracy, counts, slopes
 
 
-@torch.library.custom_op("segkernels::segment_bradley_terry_bwd", mutates_args=())
+@native.operator
 def _segment_bradley_terry_bwd(
     dloss: Tensor,
     dscores: Tensor,
@@ -306,7 +306,7 @@ def _segment_bradley_terry_bwd(
     mean: bool,
 ) -> Tensor:
     layout = layout_of("ends", ends, cu_seqlens)
-    drewards = torch.empty_like(ends, dtype=torch.float32)
+    drewards = native.empty_like(ends)
     native.kernels(dloss).segment_bradley_terry_bwd(
         native.ptr(dloss),
         native.ptr(dscores),
@@ -322,18 +322,18 @@ def _segment_bradley_terry_bwd(
     return drewards
 
 
-@_segment_bradley_terry_fwd.register_fake
+@torch.library.register_fake(_segment_bradley_terry_fwd)
 def _(rewards, ends, mask, cu_seqlens, margin, mean, label_smoothing, center_coef):
     n_rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    scalar = rewards.new_empty((), dtype=torch.float32)
-    scores = rewards.new_empty(n_rows, dtype=torch.float32)
-    counts = torch.empty_like(scores, dtype=torch.int32)
-    return scalar, scores, torch.empty_like(scalar), counts, torch.empty_like(scores)
+    scalar = native.empty(rewards)
+    scores = native.empty(rewards, n_rows)
+    counts = native.empty_like(scores, torch.int32)
+    return scalar, scores, native.empty_like(scalar), counts, native.empty_like(scores)
 
 
-@_segment_bradley_terry_bwd.register_fake
+@torch.library.register_fake(_segment_bradley_terry_bwd)
 def _(dloss, dscores, slopes, counts, ends, mask, cu_seqlens, mean):
-    return torch.empty_like(ends, dtype=torch.float32)
+    return native.empty_like(ends)
 
 
 def _save_bradley_terry(ctx, inputs, output):
@@ -348,6 +348,6 @@ def _bradley_terry_backward(ctx, dloss, dscores, *_):
     return drewards.to(ctx.dtype), *[None] * 7
 
 
-_segment_bradley_terry_fwd.register_autograd(
-    _bradley_terry_backward, setup_context=_save_bradley_terry
+torch.library.register_autograd(
+    _segment_bradley_terry_fwd, _bradley_terry_backward, setup_context=_save_bradley_terry
 )

@@ -32,8 +32,31 @@ class Layout:
     def n_tokens(self) -> int:
         return self.shape.numel()
 
+    def check_rows(self) -> None:
+        """Raises ValueError for cu_seqlens that do not divide the stream, where values are read.
+
+        What follows the rows does it before: the reference here, kernels in ``native.rows``.
+        """
+        cu_seqlens = self.cu_seqlens
+        if cu_seqlens is None or not values_may_be_checked(cu_seqlens):
+            return
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != self.n_tokens:
+            raise ValueError(
+                f"cu_seqlens: expected to run from 0 to {self.n_tokens}, the number of tokens, got "
+                f"{first} to {last}; it must cover the stream exactly"
+            )
+        falls = cu_seqlens[1:] < cu_seqlens[:-1]
+        if falls.any():
+            row = int(falls.nonzero()[0, 0])
+            raise ValueError(
+                f"cu_seqlens: expected values that never decrease, got {int(cu_seqlens[row])} then "
+                f"{int(cu_seqlens[row + 1])} at row {row}; pass cumulative sequence lengths"
+            )
+
     def row_ids(self, device: torch.device) -> Tensor:
-        """Row of every token, int64 ``[T]`` in storage order."""
+        """Row of every token, int64 ``[T]`` in storage order; raises as ``check_rows``."""
+        self.check_rows()
         rows = torch.arange(self.n_rows, device=device)
         if self.cu_seqlens is None:
             return rows.repeat_interleave(self.row_len, output_size=self.n_tokens)
@@ -63,8 +86,8 @@ def values_may_be_checked(tensor: Tensor) -> bool:
 def layout_of(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> Layout:
     """The layout of ``tensor``, an op's leading argument called ``name``.
 
-    Raises ValueError or TypeError (what, expected, got, remedy) for a shape that is no stream and
-    for a ``cu_seqlens`` that does not divide it.
+    Raises ValueError or TypeError (what, expected, got, remedy) for shapes, dtypes and devices that
+    make no stream. The values of ``cu_seqlens`` are checked by ``Layout.check_rows``.
     """
     if cu_seqlens is None:
         if tensor.dim() != 2:
@@ -97,21 +120,12 @@ def layout_of(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> Layout:
             f"{name}: expected fewer than 2^31 tokens with cu_seqlens, got {tensor.shape[0]}; "
             "split the stream"
         )
-    if values_may_be_checked(cu_seqlens):
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != tensor.shape[0]:
-            raise ValueError(
-                f"cu_seqlens: expected to run from 0 to {tensor.shape[0]} (the tokens of {name}), "
-                f"got {first} to {last}; it must cover the stream exactly"
-            )
-        falls = (cu_seqlens.diff() < 0).nonzero()
-        if falls.numel():
-            row = int(falls[0, 0])
-            raise ValueError(
-                f"cu_seqlens: expected values that never decrease, got {int(cu_seqlens[row])} then "
-                f"{int(cu_seqlens[row + 1])} at row {row}; pass cumulative sequence lengths"
-            )
     return Layout(tensor.shape, cu_seqlens.shape[0] - 1, cu_seqlens.int().contiguous())
+
+
+def constants(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, cut off from the graph that computed them."""
+    return [t.detach() if t.requires_grad else t for t in tensors]
 
 
 def check_floats(name: str, tensor: Tensor) -> None:

@@ -6,6 +6,7 @@ allocated is filled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,22 @@ except ImportError as error:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+_library = torch.library.Library("segkernels", "FRAGMENT")
+
+
+def operator(body: Callable) -> torch._ops.OpOverload:
+    """Registers ``body`` as ``torch.ops.segkernels.<its name>``, on all devices.
+
+    Like torch.library.custom_op, whose wrappers in Python take longer than these kernels do.
+    """
+    name = body.__name__.lstrip("_")
+    schema = torch.library.infer_schema(body, mutates_args=())
+    # The kernels take addresses of contiguous tensors, so a compiler must not pick other strides.
+    _library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    return getattr(torch.ops.segkernels, name).default
+
+
 def ptr(tensor: Tensor | None) -> int:
     """Address of a contiguous tensor's first element; 0 for None."""
     if tensor is None:
@@ -40,13 +57,19 @@ def floats(tensor: Tensor) -> tuple[int, int]:
     return ptr(tensor), DTYPES[tensor.dtype]
 
 
+def empty_like(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory of the shape of a contiguous tensor for a kernel to fill."""
+    return torch.empty_like(like, dtype=dtype)
+
+
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory for a kernel to fill, beside ``like``, whatever torch's default dtype and device."""
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def rows(layout: Layout) -> tuple[int, int, int]:
-    """(rows, tokens per row of a grid, address of cu_seqlens or 0)."""
+    """(rows, tokens per row of a grid, address of cu_seqlens or 0); raises as ``check_rows``."""
+    layout.check_rows()
     return layout.n_rows, layout.row_len, ptr(layout.cu_seqlens)
 
 

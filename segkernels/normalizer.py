@@ -10,14 +10,16 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import moments
-from .layout import check_bools, check_floats, check_like, layout_of
+from . import moments, native
+from .backend import choose
+from .layout import check_bools, check_floats, check_like, constants, layout_of
 from .reference._actions import actions
 from .reference.rewards import segments
 
@@ -48,6 +50,10 @@ class Curve:
 
     def knots(self) -> Tensor:
         """``[3, K]`` fp32 on the CPU: positions, means, stds."""
+        return self._knots
+
+    @cached_property
+    def _knots(self) -> Tensor:
         return torch.tensor(
             [self.positions, self.means, self.stds], dtype=torch.float32, device="cpu"
         )
@@ -350,7 +356,7 @@ def fit_location(
             f"positions: expected shape [segments] with one segment or more, got "
             f"{list(positions.shape)}; pass segment_positions(ends, mask) and rewards[ends]"
         )
-    _check_finite_rewards(rewards)
+    _check_finite_rewards(int((~rewards.isfinite()).sum()), rewards.numel())
     p = positions.detach().cpu().double()
     if not ((p > 0) & (p <= 1)).all():
         raise ValueError(
@@ -360,12 +366,11 @@ def fit_location(
     return _fit(_by_position(p, rewards, POSITION_STEPS), epsilon, min_std)
 
 
-def _check_finite_rewards(rewards: Tensor) -> None:
-    bad = int((~rewards.isfinite()).sum())
-    if bad:
+def _check_finite_rewards(not_finite: int, segments: int) -> None:
+    if not_finite:
         raise ValueError(
-            f"rewards: expected finite rewards at the ends of segments, got {bad} of "
-            f"{rewards.numel()} that are not; look at the reward model's outputs"
+            f"rewards: expected finite rewards at the ends of segments, got {not_finite} of "
+            f"{segments} that are not; look at the reward model's outputs"
         )
 
 
@@ -470,21 +475,36 @@ class RunningLocationNormalizer(Normalizer):
         return self._applied.curve
 
     def update(
-        self, rewards: Tensor, ends: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None
+        self,
+        rewards: Tensor,
+        ends: Tensor,
+        mask: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
     ) -> None:
         """Collects the rewards at the ends of segments; nothing else of ``rewards`` is read.
 
         rewards: floating ``[N, T]``, or ``[T]`` with cu_seqlens; ends and mask: bool, same shape.
         A batch without segments adds nothing. Raises ValueError for a reward that is not finite,
-        and then has collected nothing. No communication.
+        and then has collected nothing. No communication. ``backend``: see ``segkernels.backend``.
         """
+        layout = layout_of("rewards", rewards, cu_seqlens)
         check_floats("rewards", rewards)
         check_bools("ends", ends, "rewards", rewards)
         check_bools("mask", mask, "rewards", rewards)
-        p = segment_positions(ends, mask, cu_seqlens=cu_seqlens).cpu()
-        at_ends = rewards.detach()[ends & mask]
-        _check_finite_rewards(at_ends)
-        new = _by_position(p, at_ends, self.bins)
+        (rewards,) = constants(rewards)
+        if choose("RunningLocationNormalizer", rewards, backend=backend) == "reference":
+            at_ends = rewards[ends & mask]
+            _check_finite_rewards(int((~at_ends.isfinite()).sum()), at_ends.numel())
+            p = segments(ends, actions(mask, layout)).positions(torch.float64)
+            new = _by_position(p.cpu(), at_ends, self.bins)
+        else:
+            new = _location_moments(
+                *(rewards.contiguous(), ends.contiguous(), mask.contiguous()),
+                layout.cu_seqlens,
+                self.bins,
+            )
         self._batch = new if self._batch is None else moments.merge(self._batch, new)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
@@ -539,6 +559,29 @@ class RunningLocationNormalizer(Normalizer):
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, **self.state_dict()}
+
+
+@native.operator
+def _location_moments(
+    rewards: Tensor, ends: Tensor, mask: Tensor, cu_seqlens: Tensor | None, bins: int
+) -> Tensor:
+    moments = native.empty(rewards, 3, bins, dtype=torch.float64)
+    not_finite = native.kernels(rewards).location_moments(
+        native.floats(rewards),
+        native.ptr(ends),
+        native.ptr(mask),
+        native.rows(layout_of("rewards", rewards, cu_seqlens)),
+        bins,
+        native.ptr(moments),
+        native.place(rewards),
+    )
+    _check_finite_rewards(not_finite, int((ends & mask).sum()) if not_finite else 0)
+    return moments
+
+
+@torch.library.register_fake(_location_moments)
+def _(rewards, ends, mask, cu_seqlens, bins):
+    return native.empty(rewards, 3, bins, dtype=torch.float64)
 
 
 def _sparse(by_position: Tensor) -> dict[str, list]:

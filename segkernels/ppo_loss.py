@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import Layout, check_bools, check_floats, check_like, layout_of
+from .layout import Layout, check_bools, check_floats, check_like, constants, layout_of
 from .reference import ppo_loss as reference
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
@@ -68,7 +68,7 @@ def policy_loss(
         clip,
         aggregation,
     )
-    old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
+    old_logprobs, advantages = constants(old_logprobs, advantages)
     if choose("policy_loss", logprobs, old_logprobs, advantages, backend=backend) == "reference":
         return reference.policy_loss(
             logprobs, old_logprobs, advantages, mask, layout, clip=clip, aggregation=aggregation
@@ -134,7 +134,7 @@ def value_loss(
         clip,
         aggregation,
     )
-    old_values, returns = old_values.detach(), returns.detach()
+    old_values, returns = constants(old_values, returns)
     if choose("value_loss", values, old_values, returns, backend=backend) == "reference":
         return reference.value_loss(
             values, old_values, returns, mask, layout, clip=clip, aggregation=aggregation
@@ -186,7 +186,7 @@ def _check(
     return layout
 
 
-@torch.library.custom_op("segkernels::policy_loss_fwd", mutates_args=())
+@native.operator
 def _policy_loss_fwd(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -218,7 +218,7 @@ def _policy_loss_fwd(
     return loss, row_weights
 
 
-@torch.library.custom_op("segkernels::policy_loss_bwd", mutates_args=())
+@native.operator
 def _policy_loss_bwd(
     dloss: Tensor,
     logprobs: Tensor,
@@ -230,7 +230,7 @@ def _policy_loss_bwd(
     high: float,
     row_weights: Tensor,
 ) -> Tensor:
-    dlogprobs = native.empty(dloss, *logprobs.shape)
+    dlogprobs = native.empty_like(logprobs)
     native.kernels(dloss).policy_loss_bwd(
         native.ptr(dloss),
         native.floats(logprobs),
@@ -247,7 +247,7 @@ def _policy_loss_bwd(
     return dlogprobs
 
 
-@torch.library.custom_op("segkernels::value_loss_fwd", mutates_args=())
+@native.operator
 def _value_loss_fwd(
     values: Tensor,
     old_values: Tensor,
@@ -277,7 +277,7 @@ def _value_loss_fwd(
     return loss, row_weights
 
 
-@torch.library.custom_op("segkernels::value_loss_bwd", mutates_args=())
+@native.operator
 def _value_loss_bwd(
     dloss: Tensor,
     values: Tensor,
@@ -288,7 +288,7 @@ def _value_loss_bwd(
     clip: float,
     row_weights: Tensor,
 ) -> Tensor:
-    dvalues = native.empty(dloss, *values.shape)
+    dvalues = native.empty_like(values)
     native.kernels(dloss).value_loss_bwd(
         native.ptr(dloss),
         native.floats(values),
@@ -310,7 +310,7 @@ def _loss_fake(new, old, target, mask, cu_seqlens, *options):
 
 
 def _slope_fake(dloss, new, *rest):
-    return native.empty(dloss, *new.shape)
+    return native.empty_like(new)
 
 
 def _save(ctx, inputs, output):
@@ -333,9 +333,9 @@ def _backward(op, ctx, dloss):
     return slope.to(tensors[0].dtype), *constants
 
 
-_policy_loss_fwd.register_fake(_loss_fake)
-_value_loss_fwd.register_fake(_loss_fake)
-_policy_loss_bwd.register_fake(_slope_fake)
-_value_loss_bwd.register_fake(_slope_fake)
-_policy_loss_fwd.register_autograd(_policy_loss_backward, setup_context=_save)
-_value_loss_fwd.register_autograd(_value_loss_backward, setup_context=_save)
+torch.library.register_fake(_policy_loss_fwd, _loss_fake)
+torch.library.register_fake(_value_loss_fwd, _loss_fake)
+torch.library.register_fake(_policy_loss_bwd, _slope_fake)
+torch.library.register_fake(_value_loss_bwd, _slope_fake)
+torch.library.register_autograd(_policy_loss_fwd, _policy_loss_backward, setup_context=_save)
+torch.library.register_autograd(_value_loss_fwd, _value_loss_backward, setup_context=_save)

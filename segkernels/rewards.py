@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, layout_of
+from .layout import check_bools, check_floats, constants, layout_of
 from .normalizer import Normalizer
 from .reference import rewards as reference
 
@@ -73,7 +73,7 @@ def scatter_segment_rewards(
     check_bools("ends", ends, "rewards", rewards)
     check_bools("mask", mask, "rewards", rewards)
     check_credit(normalizer, spread, reduction, clip)
-    rewards = rewards.detach()
+    (rewards,) = constants(rewards)
     if choose("scatter_segment_rewards", rewards, backend=backend) == "reference":
         return reference.scatter_segment_rewards(
             rewards,
@@ -129,7 +129,7 @@ def native_curve(normalizer: Normalizer | None) -> tuple[Tensor, float, float, f
     return curve.knots(), curve.mean_slope, curve.std_slope, curve.min_std
 
 
-@torch.library.custom_op("segkernels::scatter_segment_rewards_fwd", mutates_args=())
+@native.operator
 def _scatter_segment_rewards_fwd(
     rewards: Tensor,
     ends: Tensor,
@@ -143,7 +143,7 @@ def _scatter_segment_rewards_fwd(
     mean: bool,
     clip: float,
 ) -> Tensor:
-    out = native.empty(rewards, *rewards.shape)
+    out = native.empty_like(rewards)
     native.kernels(rewards).scatter_segment_rewards_fwd(
         native.floats(rewards),
         native.ptr(ends),
@@ -159,6 +159,6 @@ def _scatter_segment_rewards_fwd(
     return out
 
 
-@_scatter_segment_rewards_fwd.register_fake
+@torch.library.register_fake(_scatter_segment_rewards_fwd)
 def _(rewards, *_):
-    return native.empty(rewards, *rewards.shape)
+    return native.empty_like(rewards)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, layout_of
+from .layout import check_bools, check_floats, constants, layout_of
 from .reference import segments as reference
 
 
@@ -71,9 +71,7 @@ def segment_ends(
             "of logits[t], 'current' that of the distribution which produced token t"
         )
     if isinstance(exclude_last, bool):
-        exclude_last = torch.full(
-            (layout.n_rows,), exclude_last, dtype=torch.bool, device=entropy.device
-        )
+        rows_exclude, exclude_all = None, exclude_last
     elif exclude_last.dtype != torch.bool:
         raise TypeError(
             f"exclude_last: expected bool, got {exclude_last.dtype}; pass exclude_last.bool()"
@@ -83,31 +81,37 @@ def segment_ends(
             f"exclude_last: expected shape [{layout.n_rows}], one per row, got "
             f"{list(exclude_last.shape)}; pass True, False or whether each row ends with EOS"
         )
+    else:
+        rows_exclude, exclude_all = exclude_last.contiguous(), True
     current = entropy_of == "current"
-    entropy = entropy.detach()
+    (entropy,) = constants(entropy)
     if choose("segment_ends", entropy, backend=backend) == "reference":
-        return reference.segment_ends(entropy, mask, threshold, layout, current, exclude_last)
+        if rows_exclude is None:
+            rows_exclude = mask.new_full((layout.n_rows,), exclude_all)
+        return reference.segment_ends(entropy, mask, threshold, layout, current, rows_exclude)
     return _segment_ends(
         entropy.contiguous(),
         mask.contiguous(),
         layout.cu_seqlens,
         threshold,
         current,
-        exclude_last.contiguous(),
+        rows_exclude,
+        exclude_all,
     )
 
 
-@torch.library.custom_op("segkernels::segment_ends", mutates_args=())
+@native.operator
 def _segment_ends(
     entropy: Tensor,
     mask: Tensor,
     cu_seqlens: Tensor | None,
     threshold: float,
     current: bool,
-    exclude_last: Tensor,
+    exclude_last: Tensor | None,
+    exclude_all: bool,
 ) -> Tensor:
     layout = layout_of("entropy", entropy, cu_seqlens)
-    ends = torch.empty_like(mask)
+    ends = native.empty_like(mask, torch.bool)
     nan = native.kernels(entropy).segment_ends(
         native.floats(entropy),
         native.ptr(mask),
@@ -115,6 +119,7 @@ def _segment_ends(
         threshold,
         current,
         native.ptr(exclude_last),
+        exclude_all,
         native.ptr(ends),
         native.place(entropy),
     )
@@ -123,9 +128,9 @@ def _segment_ends(
     return ends
 
 
-@_segment_ends.register_fake
-def _(entropy, mask, cu_seqlens, threshold, current, exclude_last):
-    return torch.empty_like(mask)
+@torch.library.register_fake(_segment_ends)
+def _(entropy, mask, *_):
+    return native.empty_like(mask, torch.bool)
 
 
 def segment_offsets(

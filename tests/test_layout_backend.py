@@ -55,7 +55,12 @@ def test_layout_of_a_flat_stream():
         (FLAT, cu(), ValueError, "cu_seqlens: expected shape [rows + 1], got [0]; it starts"),
         (FLAT, cu(0, 7)[None], ValueError, "cu_seqlens: expected shape [rows + 1], got [1, 2]"),
         (FLAT, cu(0, 7).to("meta"), ValueError, "cu_seqlens: expected device cpu like x, got meta"),
-        (FLAT, cu(0, 6), ValueError, "cu_seqlens: expected to run from 0 to 7 (the tokens of x),"),
+        (
+            FLAT,
+            cu(0, 6),
+            ValueError,
+            "cu_seqlens: expected to run from 0 to 7, the number of tokens",
+        ),
         (FLAT, cu(1, 7), ValueError, "got 1 to 7; it must cover the stream exactly"),
         (FLAT, cu(0, 5, 4, 7), ValueError, "that never decrease, got 5 then 4 at row 1; pass cum"),
         (
@@ -68,7 +73,7 @@ def test_layout_of_a_flat_stream():
 )
 def test_layouts_that_are_none(tensor, cu_seqlens, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        layout_of("x", tensor, cu_seqlens)
+        layout_of("x", tensor, cu_seqlens).check_rows()
 
 
 def test_checks_of_arguments():
@@ -204,14 +209,14 @@ ROWS, LENGTH = 64, 2048  # enough tokens for the pool to be used
 
 
 def ends_by_native(entropy, mask, ends, threads):
-    exclude_last = torch.ones(ROWS, dtype=torch.bool)
     return native.extension.segment_ends(
         entropy=native.floats(entropy),
         mask=native.ptr(mask),
         rows=(ROWS, LENGTH, 0),
         threshold=1.0,
         current=False,
-        exclude_last=native.ptr(exclude_last),
+        exclude_last=0,
+        exclude_all=True,
         ends=native.ptr(ends),
         place=threads,
     )

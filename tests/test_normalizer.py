@@ -18,6 +18,7 @@ from segkernels.normalizer import (
     RunningLocationNormalizer,
     ScalarNormalizer,
     TableNormalizer,
+    _location_moments,
     fit_location,
     huber_line,
     normalizer_from_dict,
@@ -257,7 +258,7 @@ def test_table_merges_positions_into_few_knots():
     fit = fit_location(p, p)
     assert len(fit.positions) > 900
     assert 50 <= len(fit.table.positions) <= 64
-    assert len(fit_location(p[:100], p[:100]).table.positions) == 3
+    assert len(fit_location(p[:100], p[:100], min_std=0.1).table.positions) == 3
     # One row's worth of segments: one knot, the plain mean and std.
     few = torch.tensor([0.25, 0.5, 0.75, 1.0])
     table = fit_location(few, few, min_std=0.1).table
@@ -424,6 +425,46 @@ def test_running_reads_packed_rows_and_any_storage():
     assert packed == padded
 
 
+def collected(rewards, ends, mask, backend, bins=1000, **where):
+    running = RunningLocationNormalizer(bins)
+    running.update(rewards, ends, mask, backend=backend, **where)
+    return running.state_dict()["batch"]
+
+
+@pytest.mark.parametrize("bins", [1, 7, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_native_update_is_the_definition(case, dtype, bins):
+    rewards, ends = draw(case, dtype)
+    where = {"bins": bins, "cu_seqlens": case.cu_seqlens}
+    native_state, reference = (
+        collected(rewards, ends, case.mask, backend, **where) for backend in ("native", "reference")
+    )
+    for key in ("bin", "count"):
+        assert native_state[key] == reference[key]
+    for key in ("mean", "m2"):
+        expected = torch.tensor(reference[key], dtype=torch.float64)
+        got = torch.tensor(native_state[key], dtype=torch.float64)
+        torch.testing.assert_close(got, expected, **TO_SUMMATION_ORDER)
+
+
+def test_update_does_not_depend_on_threads(two_threads):
+    batch = [x.repeat(50, 1) for x in batch_of(0)]
+    many = [collected(*batch, "native") for _ in range(2)]
+    torch.set_num_threads(1)
+    assert many == [collected(*batch, "native")] * 2
+    assert sum(many[0]["count"]) == batch[1].sum()
+
+
+def test_update_is_a_custom_operator():
+    for dtype in (torch.float32, torch.float16):
+        rewards, ends, mask = batch_of(0, rows=5, dtype=dtype)
+        torch.library.opcheck(_location_moments, (rewards, ends, mask, None, 10))
+    case = CASES["holes"]
+    rewards, ends = draw(case)
+    torch.library.opcheck(_location_moments, (rewards, ends, case.mask, case.cu_seqlens, 1000))
+
+
 def test_state_round_trips_in_the_middle_of_a_batch():
     running = running_after(batch_of(0), bins=100, decay=0.9, min_std=0.01)
     running.refit()
@@ -463,13 +504,15 @@ def test_unfitted_is_an_error_that_says_what_to_do():
     assert running.std(p).item() > 0
 
 
-def test_a_reward_that_is_not_finite_is_refused():
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_reward_that_is_not_finite_is_refused(backend):
     running = running_after(batch_of(0))
     before = running.state_dict()
     rewards, ends, mask = batch_of(1)
     rewards[tuple(ends.nonzero()[0])] = INF
-    with pytest.raises(ValueError, match=r"rewards: expected finite rewards at .* got 1 of"):
-        running.update(rewards, ends, mask)
+    message = rf"rewards: expected finite rewards at .* got 1 of {int(ends.sum())} that are not"
+    with pytest.raises(ValueError, match=message):
+        running.update(rewards, ends, mask, backend=backend)
     assert running.state_dict() == before
     with pytest.raises(ValueError, match="mask: expected shape"):
         running.update(rewards, ends, mask[:1])

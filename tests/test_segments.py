@@ -284,8 +284,8 @@ def test_operator_is_registered_soundly(entropy_of):
     entropy = draw_entropy(case)
     exclude = torch.ones(len(case.lengths), dtype=torch.bool)
     current = entropy_of == "current"
-    packed = (entropy, case.mask, case.cu_seqlens, 1.0, current, exclude)
-    grid = (case.grid(entropy, NAN), case.grid(case.mask, False), None, 1.0, current, exclude)
+    packed = (entropy, case.mask, case.cu_seqlens, 1.0, current, exclude, True)
+    grid = (case.grid(entropy, NAN), case.grid(case.mask, False), None, 1.0, current, None, False)
     torch.library.opcheck(_segment_ends, packed)
     torch.library.opcheck(_segment_ends, grid)
 

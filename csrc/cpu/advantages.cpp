@@ -1,82 +1,139 @@
-// A row belongs to one thread and is read in order, and moments are taken over blocks of a fixed
-// size, so results do not depend on the number of threads.
+// Moments are taken over blocks of a fixed size, and rows are summed and scanned as in blocks.h, so
+// results do not depend on the number of threads.
 #include "segk/advantages.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "cpu/blocks.h"
+#include "cpu/flags.h"
+#include "cpu/storage.h"
 #include "segk/operators.h"
 
 namespace segk {
 namespace {
 
-constexpr int64_t kTokensPerTask = 16384;
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kMomentsBlock = 4096;
 
-template <class Body>
-void for_each_row(Rows rows, Place place, Body body) {
-  const int64_t grain = kTokensPerTask * rows.count / std::max<int64_t>(rows.tokens(), 1);
-  parallel_for(rows.count, grain, place, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) body(row, rows.begin(row), rows.end(row));
-  });
-}
+// Pays the rewards of segments to their tokens.
+template <class Rewards>
+struct Payment {
+  Rewards rewards;
+  Flags ends;
+  Flags mask;
+  const Credit& credit;
+  float* out;
 
-// Pays the rewards of a row's segments to its tokens, from the last token to the first, and calls
-// paid(t) after each action token. `out` holds the lengths of segments between the two walks.
-template <class Paid>
-void pay_row(Floats rewards, const bool* ends, const bool* mask, int64_t begin, int64_t end,
-             const Credit& credit, float* out, Paid paid) {
-  int64_t segments = 0;
-  int64_t length = 0;
-  for (int64_t t = begin; t < end; ++t) {
-    if (!mask[t]) continue;
-    ++length;
-    if (!ends[t]) continue;
-    out[t] = static_cast<float>(length);
-    length = 0;
-    ++segments;
-  }
-  int64_t k = segments;
-  float share = 0;
-  for (int64_t t = end - 1; t >= begin; --t) {
-    if (!mask[t]) {
-      out[t] = 0;
-      continue;
-    }
-    if (ends[t]) {
-      --k;
-      share = credit(rewards[t], k, segments, static_cast<int64_t>(out[t]));
-    }
-    out[t] = share;
-    if (credit.spread == Spread::last) share = 0;
-    paid(t);
-  }
-}
-
-// The backward scan of generalised advantage estimation, one action token at a time. Double: a sum
-// over a long row keeps the precision of its terms.
-class GaeScan {
- public:
-  GaeScan(double gamma, double lam) : gamma_(gamma), decay_(gamma * lam) {}
-
-  void step(double reward, double value, float* advantage, float* ret) {
-    const double delta = reward + gamma_ * next_value_ - value;
-    advantage_ = Affine<double>{decay_, delta}(advantage_);
-    next_value_ = value;
-    *advantage = static_cast<float>(advantage_);
-    *ret = static_cast<float>(advantage_ + value);
+  void operator()(const Row& row, Scan<Pieces>& scan) const {
+    scan.walk(
+        row, [&](int64_t begin, int64_t end) { return summarize(begin, end); },
+        [&](int64_t begin, int64_t end, Pieces before, Pieces after) {
+          walk(begin, end, before, after);
+        });
   }
 
  private:
-  double gamma_;
-  double decay_;
-  double advantage_ = 0;
-  double next_value_ = 0;
+  Pieces summarize(int64_t begin, int64_t end) const {
+    const int64_t segments = count_true(begin, end, ends, mask);
+    const int64_t first = first_true(begin, end, ends, mask);
+    return {segments, segments ? first : -1, count_true(begin, std::min(first + 1, end), mask),
+            tail(begin, end, 0)};
+  }
+
+  // Action tokens of [begin, end) behind the last end; without one, all of them and `earlier`.
+  int64_t tail(int64_t begin, int64_t end, int64_t earlier) const {
+    const int64_t last = last_true(begin, end, ends, mask);
+    return count_true(last + 1, end, mask) + (last < begin ? earlier : 0);
+  }
+
+  // From the last token to the first, some at a time: first all shares, then who gets which.
+  void walk(int64_t begin, int64_t end, Pieces before, Pieces after) const {
+    constexpr int64_t kChunk = 256;
+    int64_t at[kChunk];    // ends
+    int32_t upto[kChunk];  // action tokens up to each
+    float shares[kChunk + 1];
+    int64_t k = before.segments + count_true(begin, end, ends, mask);
+    const int64_t total = k + after.segments;
+    float open = 0;  // the share of tokens whose end comes later
+    if (after.segments) {
+      open = credit(rewards[after.first_end], k, total, tail(begin, end, before.tail) + after.head);
+    }
+    for (int64_t stop = end; stop > begin;) {
+      const int64_t start = std::max(stop - kChunk, begin);
+      if (first_true(start, stop, mask) == stop) {  // padding
+        std::fill(out + start, out + stop, 0.0f);
+        stop = start;
+        continue;
+      }
+      int32_t tokens = 0;
+      int64_t found = 0;
+      for (int64_t t = start; t < stop; ++t) {
+        tokens += mask[t];
+        at[found] = t;
+        upto[found] = tokens;
+        found += ends[t] & mask[t];
+      }
+      k -= found;
+      int64_t previous = found ? -tail(begin, start, before.tail) : 0;
+      for (int64_t i = 0; i < found; ++i) {
+        shares[i] = credit(rewards[at[i]], k + i, total, upto[i] - previous);
+        previous = upto[i];
+      }
+      shares[found] = open;
+      if (credit.spread == Spread::last) {
+        std::fill(out + start, out + stop, 0.0f);
+        for (int64_t i = 0; i < found; ++i) out[at[i]] = shares[i];
+      } else {
+        const float* share = shares;
+        for (int64_t t = start; t < stop; ++t) {
+          out[t] = keep(mask[t], *share);
+          share += ends[t] & mask[t];
+        }
+      }
+      open = shares[0];
+      stop = start;
+    }
+  }
 };
 
-Moments moments_of_block(Floats x, const bool* mask, int64_t begin, int64_t end) {
+const Pieces kNoPieces{0, -1, 0, 0};
+
+template <class Reward, class Values>
+void estimate(const Row& row, Scan<Affine<double>>& scan, Gae gae, Reward reward, Values values,
+              Flags mask, float* advantages, float* returns) {
+  scan.walk(
+      row,
+      [&](int64_t begin, int64_t end) {
+        Affine<double> steps{1, 0};
+        visit_true_backward(
+            begin, end,
+            [&](int64_t t) { steps = combine(gae.leaves(reward(t), values[t]), steps); }, mask);
+        return steps;
+      },
+      [&](int64_t begin, int64_t end, Affine<double>, Affine<double> after) {
+        const int64_t last = last_true(begin, end, mask);
+        for (float* out : {advantages, returns}) std::fill(out + last + 1, out + end, 0.0f);
+        double ahead = after(0);
+        for (int64_t t = last; t >= begin; --t) {
+          if (!mask[t]) {
+            advantages[t] = returns[t] = 0;
+            continue;
+          }
+          const double r = reward(t);
+          const double value = values[t];
+          const double advantage = Gae::advantage(r, value, ahead);
+          advantages[t] = static_cast<float>(advantage);
+          returns[t] = static_cast<float>(advantage + value);
+          ahead = gae.leaves(r, value)(ahead);
+        }
+      });
+}
+
+const Affine<double> kNoStep{1, 0};
+
+template <class X>
+Moments moments_of_block(X x, Flags mask, int64_t begin, int64_t end) {
   double sum = 0;
   int64_t count = 0;
   for (int64_t t = begin; t < end; ++t) {
@@ -93,21 +150,28 @@ Moments moments_of_block(Floats x, const bool* mask, int64_t begin, int64_t end)
   return {static_cast<double>(count), mean, m2};
 }
 
+struct Sum {
+  double value;
+};
+
+Sum combine(Sum left, Sum right) { return {left.value + right.value}; }
+
 // Sums term(t) over the action tokens of each row and weighs the rows.
 template <class Term>
-void aggregate(const bool* mask, Rows rows, Aggregation aggregation, float* loss,
-               double* row_weights, Place place, Term term) {
+void aggregate(Flags mask, Rows rows, Aggregation aggregation, float* loss, double* row_weights,
+               Place place, Term term) {
   std::vector<double> sums(static_cast<size_t>(rows.count));
-  for_each_row(rows, place, [&](int64_t row, int64_t begin, int64_t end) {
-    double sum = 0;
-    int64_t count = 0;
-    for (int64_t t = begin; t < end; ++t) {
-      if (!mask[t]) continue;
-      sum += term(t);
-      ++count;
-    }
-    sums[row] = sum;
-    row_weights[row] = static_cast<double>(count);
+  Scan<Sum> scan({0});
+  for_each_row(rows, mask, place, [&](const Row& row) {
+    const Sum sum = scan.total(row, [&](int64_t begin, int64_t end) {
+      double of_block = 0;
+      for (int64_t t = begin; t < end; ++t) {
+        if (mask[t]) of_block += term(t);
+      }
+      return Sum{of_block};
+    });
+    sums[row.index] = sum.value;
+    row_weights[row.index] = static_cast<double>(count_true(row.begin, row.end, mask));
   });
   double tokens = 0;
   double seqs = 0;
@@ -137,11 +201,13 @@ void aggregate(const bool* mask, Rows rows, Aggregation aggregation, float* loss
 }
 
 template <class Slope>
-void weigh_slopes(const float* dloss, const bool* mask, Rows rows, const double* row_weights,
-                  float* out, Place place, Slope slope) {
-  for_each_row(rows, place, [&](int64_t row, int64_t begin, int64_t end) {
-    const float weight = static_cast<float>(*dloss * row_weights[row]);
-    for (int64_t t = begin; t < end; ++t) out[t] = mask[t] ? weight * slope(t) : 0.0f;
+void weigh_slopes(const float* dloss, Flags mask, Rows rows, const double* row_weights, float* out,
+                  Place place, Slope slope) {
+  for_each_row(rows, mask, place, [&](const Row& row) {
+    const float weight = static_cast<float>(*dloss * row_weights[row.index]);
+    row.blocks([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) out[t] = mask[t] ? weight * slope(t) : 0.0f;
+    });
   });
 }
 
@@ -176,48 +242,68 @@ struct ValueError {
 
 void scatter_segment_rewards_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
                                  Credit credit, float* out, Place place) {
-  for_each_row(rows, place, [&](int64_t, int64_t begin, int64_t end) {
-    pay_row(rewards, ends, mask, begin, end, credit, out, [](int64_t) {});
-  });
+  with_storage(
+      [&](auto r) {
+        const Payment<decltype(r)> pay{r, flags_of(ends), flags_of(mask), credit, out};
+        Scan<Pieces> pieces(kNoPieces);
+        for_each_row(rows, pay.mask, place, [&](const Row& row) { pay(row, pieces); });
+      },
+      rewards);
 }
 
 void gae_fwd(Floats rewards, Floats values, const bool* mask, Rows rows, double gamma, double lam,
              float* advantages, float* returns, Place place) {
-  for_each_row(rows, place, [&](int64_t, int64_t begin, int64_t end) {
-    GaeScan scan(gamma, lam);
-    for (int64_t t = end - 1; t >= begin; --t) {
-      if (mask[t]) {
-        scan.step(rewards[t], values[t], advantages + t, returns + t);
-      } else {
-        advantages[t] = returns[t] = 0;
-      }
-    }
-  });
+  const Flags actions = flags_of(mask);
+  with_storage(
+      [&](auto r, auto v) {
+        Scan<Affine<double>> steps(kNoStep);
+        for_each_row(rows, actions, place, [&](const Row& row) {
+          const auto reward = [&](int64_t t) -> double { return r[t]; };
+          estimate(row, steps, {gamma, gamma * lam}, reward, v, actions, advantages, returns);
+        });
+      },
+      rewards, values);
 }
 
 void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, Floats ref_logprobs,
                             Floats values, const bool* mask, Rows rows, Credit credit,
                             double kl_coef, double gamma, double lam, float* advantages,
                             float* returns, float* token_rewards, float* kl, Place place) {
-  for_each_row(rows, place, [&](int64_t, int64_t begin, int64_t end) {
-    GaeScan scan(gamma, lam);
-    for (float* out : {advantages, returns, kl}) std::fill(out + begin, out + end, 0.0f);
-    pay_row(rewards, ends, mask, begin, end, credit, token_rewards, [&](int64_t t) {
-      kl[t] = logprobs[t] - ref_logprobs[t];
-      scan.step(token_rewards[t] - kl_coef * kl[t], values[t], advantages + t, returns + t);
-    });
-  });
+  const Flags actions = flags_of(mask);
+  with_storage(
+      [&](auto r, auto logp, auto ref, auto v) {
+        const Payment<decltype(r)> pay{r, flags_of(ends), actions, credit, token_rewards};
+        Scan<Pieces> pieces(kNoPieces);
+        Scan<Affine<double>> steps(kNoStep);
+        for_each_row(rows, actions, place, [&](const Row& row) {
+          pay(row, pieces);
+          row.blocks([&](int64_t, int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) {
+              kl[t] = keep(actions[t], logp[t] - ref[t]);
+            }
+          });
+          const auto reward = [&](int64_t t) { return token_rewards[t] - kl_coef * kl[t]; };
+          estimate(row, steps, {gamma, gamma * lam}, reward, v, actions, advantages, returns);
+        });
+      },
+      rewards, logprobs, ref_logprobs, values);
 }
 
 void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, Place place) {
-  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  const int64_t blocks = (n + kMomentsBlock - 1) / kMomentsBlock;
   std::vector<Moments> parts(static_cast<size_t>(blocks));
-  parallel_for(blocks, kTokensPerTask / kBlock, place, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * kBlock;
-      parts[block] = moments_of_block(x, mask, begin, std::min(begin + kBlock, n));
-    }
-  });
+  with_storage(
+      [&](auto values) {
+        const auto range = [&](int64_t first, int64_t last) {
+          for (int64_t block = first; block < last; ++block) {
+            const int64_t begin = block * kMomentsBlock;
+            const int64_t end = std::min(begin + kMomentsBlock, n);
+            parts[block] = moments_of_block(values, flags_of(mask), begin, end);
+          }
+        };
+        parallel_for(blocks, kTokensPerTask / kMomentsBlock, place, std::cref(range));
+      },
+      x);
   for (int64_t step = 1; step < blocks; step *= 2) {
     for (int64_t i = 0; i + step < blocks; i += 2 * step) {
       parts[i] = combine(parts[i], parts[i + step]);
@@ -237,17 +323,24 @@ void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bo
   if (variance < kVarianceFloor) variance = kVarianceFloor;
   const double scale = 1 / std::sqrt(variance);
   const double shift = center ? 0 : mean;
-  parallel_for(n, kTokensPerTask, place, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-      out[t] = mask[t] ? static_cast<float>((x[t] - mean) * scale + shift) : 0.0f;
-    }
-  });
+  const Flags actions = flags_of(mask);
+  with_storage(
+      [&](auto values) {
+        const auto range = [&](int64_t first, int64_t last) {
+          for (int64_t t = first; t < last; ++t) {
+            const double white = (values[t] - mean) * scale + shift;
+            out[t] = keep(actions[t], static_cast<float>(white));
+          }
+        };
+        parallel_for(n, kTokensPerTask, place, std::cref(range));
+      },
+      x);
 }
 
 void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, const bool* mask,
                      Rows rows, float low, float high, Aggregation aggregation, float* loss,
                      double* row_weights, Place place) {
-  aggregate(mask, rows, aggregation, loss, row_weights, place, [&](int64_t t) {
+  aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place, [&](int64_t t) {
     // Double: the terms cancel, and the errors of a float's exp would remain.
     const double advantage = advantages[t];
     const double q = static_cast<double>(logprobs[t]) - old_logprobs[t];
@@ -258,7 +351,7 @@ void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, co
 void policy_loss_bwd(const float* dloss, Floats logprobs, Floats old_logprobs, Floats advantages,
                      const bool* mask, Rows rows, float low, float high, const double* row_weights,
                      float* dlogprobs, Place place) {
-  weigh_slopes(dloss, mask, rows, row_weights, dlogprobs, place, [&](int64_t t) {
+  weigh_slopes(dloss, flags_of(mask), rows, row_weights, dlogprobs, place, [&](int64_t t) {
     const float advantage = advantages[t];
     const float q = logprobs[t] - old_logprobs[t];
     const bool clipped = limited_log_ratio<float>(q, advantage, low, high) != q && q == q;
@@ -269,7 +362,7 @@ void policy_loss_bwd(const float* dloss, Floats logprobs, Floats old_logprobs, F
 void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool* mask, Rows rows,
                     float clip, Aggregation aggregation, float* loss, double* row_weights,
                     Place place) {
-  aggregate(mask, rows, aggregation, loss, row_weights, place, [&](int64_t t) {
+  aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place, [&](int64_t t) {
     const ValueError error(values[t], old_values[t], returns[t], clip);
     const float counted = error.plain_counts() ? error.plain : error.clipped;
     return 0.5f * counted * counted;
@@ -279,7 +372,7 @@ void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool
 void value_loss_bwd(const float* dloss, Floats values, Floats old_values, Floats returns,
                     const bool* mask, Rows rows, float clip, const double* row_weights,
                     float* dvalues, Place place) {
-  weigh_slopes(dloss, mask, rows, row_weights, dvalues, place, [&](int64_t t) {
+  weigh_slopes(dloss, flags_of(mask), rows, row_weights, dvalues, place, [&](int64_t t) {
     const ValueError error(values[t], old_values[t], returns[t], clip);
     return error.plain_counts() || error.inside ? error.plain : 0.0f;
   });

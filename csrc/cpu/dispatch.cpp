@@ -43,14 +43,14 @@ class Pool {
       }
       job_ = &job;
       wanted_ = helpers;
-      running_ = helpers;
       ++generation_;
     }
     wake_.notify_all();
     job.work();
+    // Every piece is taken: who has not woken up by now is not waited for.
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
     job_ = nullptr;
+    done_.wait(lock, [this] { return running_ == 0; });
     return true;
   }
 
@@ -63,8 +63,9 @@ class Pool {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_ != seen; });
         seen = generation_;
-        if (index >= wanted_) continue;
+        if (index >= wanted_ || !job_) continue;
         job = job_;
+        ++running_;
       }
       job->work();
       {
@@ -81,7 +82,7 @@ class Pool {
   std::vector<std::thread> workers_;
   Job* job_ = nullptr;
   int wanted_ = 0;
-  int running_ = 0;
+  int running_ = 0;  // workers that joined the job
   uint64_t generation_ = 0;
 };
 

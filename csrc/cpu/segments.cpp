@@ -1,20 +1,14 @@
-// A row belongs to one thread and is read in order, so results do not depend on their number.
 #include "segk/segments.h"
 
-#include <algorithm>
 #include <atomic>
 
-#include "cpu/parallel.h"
+#include "cpu/blocks.h"
+#include "cpu/flags.h"
+#include "cpu/storage.h"
 #include "segk/operators.h"
 
 namespace segk {
 namespace {
-
-constexpr int64_t kTokensPerTask = 16384;
-
-int64_t rows_per_task(Rows rows) {
-  return std::max<int64_t>(kTokensPerTask * rows.count / std::max<int64_t>(rows.tokens(), 1), 1);
-}
 
 // The smallest offending token that any thread met.
 class FirstToken {
@@ -30,73 +24,121 @@ class FirstToken {
   std::atomic<int64_t> token_{-1};
 };
 
-int64_t ends_of_row(Floats entropy, const bool* mask, int64_t begin, int64_t end, float threshold,
-                    bool current, bool exclude_last, bool* ends) {
-  const int64_t total = std::count(mask + begin, mask + end, true);
-  int64_t nan = -1;
-  Following after{0, false};
-  for (int64_t t = end - 1; t >= begin; --t) {
-    if (!mask[t]) {
-      ends[t] = false;
-      continue;
-    }
-    const bool decides = !(current && after.count == total - 1);
-    const float h = decides ? entropy[t] : threshold;
-    if (h != h) nan = t;
-    const Following here{1, h > threshold};
-    ends[t] = ends_segment(after.count, total, current ? after.over : here.over, exclude_last);
-    after = combine(here, after);
-  }
-  return nan;
-}
+struct Boundaries {
+  float threshold;
+  bool current;
 
-SegmentSum sum_of_row(Floats rewards, const bool* ends, const bool* mask, int64_t begin,
-                      int64_t end) {
-  SegmentSum sum{0, 0};
-  for (int64_t t = begin; t < end; ++t) {
-    if (ends[t] && (!mask || mask[t])) sum = combine(sum, SegmentSum{rewards[t], 1});
+  template <class Entropy>
+  Following summarize(Entropy entropy, Flags mask, int64_t begin, int64_t end) const {
+    const int64_t count = count_true(begin, end, mask);
+    if (count == 0) return {0, false};
+    return {count, entropy[first_true(begin, end, mask)] > threshold};
   }
-  return sum;
-}
+
+  // Marks the ends of a block; returns the first token whose NaN could decide a boundary, or -1.
+  template <class Entropy>
+  int64_t walk(Entropy entropy, Flags mask, int64_t begin, int64_t end, Following before,
+               Following after, bool exclude_last, uint8_t* ends) const {
+    uint8_t any_nan = 0;
+    for (int64_t t = begin; t < end; ++t) {
+      const float h = entropy[t];
+      any_nan |= mask[t] & static_cast<uint8_t>(h != h);
+      ends[t] = mask[t] & static_cast<uint8_t>(h > threshold);
+    }
+    if (current) {
+      uint8_t over = after.over;
+      for (int64_t t = end - 1; t >= begin; --t) {
+        const uint8_t here = ends[t];
+        ends[t] = mask[t] & over;
+        over = mask[t] ? here : over;
+      }
+    }
+    const int64_t total = before.count + count_true(begin, end, mask) + after.count;
+    int64_t t = end;
+    for (int64_t left = after.count; left <= 1; ++left) {
+      t = last_true(begin, t, mask);
+      if (t < begin) break;
+      ends[t] = ends_segment(left, total, ends[t], exclude_last);
+    }
+    return any_nan ? first_nan(entropy, mask, begin, end, before) : -1;
+  }
+
+ private:
+  template <class Entropy>
+  int64_t first_nan(Entropy entropy, Flags mask, int64_t begin, int64_t end,
+                    Following before) const {
+    int64_t t = begin;
+    // No token stands before the row's first action token, for whose end it could decide.
+    if (current && before.count == 0) t = first_true(begin, end, mask) + 1;
+    while (t < end && !(mask[t] && entropy[t] != entropy[t])) ++t;
+    return t < end ? t : -1;
+  }
+};
 
 template <class RowGradient>
 void scatter_rows(RowGradient dscore, const int32_t* counts, const bool* ends, const bool* mask,
                   Rows rows, bool mean, float* drewards, Place place) {
-  parallel_for(rows.count, rows_per_task(rows), place, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const float gradient = segment_gradient(dscore(row), counts[row], mean);
-      const int64_t end = rows.end(row);
-      for (int64_t t = rows.begin(row); t < end; ++t) {
-        drewards[t] = ends[t] && (!mask || mask[t]) ? gradient : 0.0f;
+  const Flags marks = flags_of(ends);
+  const Flags inside = mask ? flags_of(mask) : marks;
+  for_each_row(rows, marks, place, [&](const Row& row) {
+    const float gradient = segment_gradient(dscore(row.index), counts[row.index], mean);
+    row.blocks([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        drewards[t] = keep(marks[t] & inside[t], gradient);
       }
-    }
+    });
   });
 }
 
 }  // namespace
 
 int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshold, bool current,
-                     const bool* exclude_last, bool* ends, Place place) {
+                     const bool* exclude_last, bool exclude_all, bool* ends, Place place) {
   FirstToken nan;
-  parallel_for(rows.count, rows_per_task(rows), place, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t met = ends_of_row(entropy, mask, rows.begin(row), rows.end(row), threshold,
-                                      current, exclude_last[row], ends);
-      if (met >= 0) nan.meet(met);
-    }
-  });
+  const Boundaries boundaries{threshold, current};
+  const Flags actions = flags_of(mask);
+  uint8_t* out = reinterpret_cast<uint8_t*>(ends);
+  with_storage(
+      [&](auto h) {
+        Scan<Following> scan({0, false});
+        for_each_row(rows, actions, place, [&](const Row& row) {
+          const bool exclude = exclude_last ? exclude_last[row.index] : exclude_all;
+          scan.walk(
+              row,
+              [&](int64_t begin, int64_t end) {
+                return boundaries.summarize(h, actions, begin, end);
+              },
+              [&](int64_t begin, int64_t end, Following before, Following after) {
+                const int64_t met =
+                    boundaries.walk(h, actions, begin, end, before, after, exclude, out);
+                if (met >= 0) nan.meet(met);
+              });
+        });
+      },
+      entropy);
   return nan.get();
 }
 
 void segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows, bool mean,
                         float* scores, int32_t* counts, Place place) {
-  parallel_for(rows.count, rows_per_task(rows), place, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const SegmentSum sum = sum_of_row(rewards, ends, mask, rows.begin(row), rows.end(row));
-      scores[row] = sum.score(mean);
-      counts[row] = sum.count;
-    }
-  });
+  const Flags marks = flags_of(ends);
+  const Flags inside = mask ? flags_of(mask) : marks;
+  with_storage(
+      [&](auto r) {
+        Scan<SegmentSum> scan({0, 0});
+        for_each_row(rows, marks, place, [&](const Row& row) {
+          const SegmentSum sum = scan.total(row, [&](int64_t begin, int64_t end) {
+            SegmentSum of_block{0, 0};
+            visit_true_backward(
+                begin, end, [&](int64_t t) { of_block = combine(SegmentSum{r[t], 1}, of_block); },
+                marks, inside);
+            return of_block;
+          });
+          scores[row.index] = sum.score(mean);
+          counts[row.index] = sum.count;
+        });
+      },
+      rewards);
 }
 
 void segment_scores_bwd(const float* dscores, const int32_t* counts, const bool* ends,

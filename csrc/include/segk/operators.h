@@ -28,6 +28,20 @@ SEGK_HD inline bool ends_segment(int64_t left, int64_t total, bool over, bool ex
   return over || (left == 1 && excluded);
 }
 
+// A run of tokens of one row, cut into segments by the ends in it.
+struct Pieces {
+  int64_t segments;   // ends
+  int64_t first_end;  // token of the first one
+  int64_t head;       // action tokens up to the first end; without one, all of them
+  int64_t tail;       // action tokens behind the last end; without one, all of them
+};
+
+SEGK_HD inline Pieces combine(Pieces left, Pieces right) {
+  return {left.segments + right.segments, left.segments ? left.first_end : right.first_end,
+          left.segments ? left.head : left.head + right.head,
+          right.segments ? right.tail : left.tail + right.tail};
+}
+
 // Rewards at the ends of a row. Double: a row may hold a hundred thousand segments.
 struct SegmentSum {
   double sum;
@@ -97,6 +111,22 @@ template <class T>
 SEGK_HD inline Affine<T> combine(Affine<T> outer, Affine<T> inner) {
   return {outer.scale * inner.scale, outer(inner.shift)};
 }
+
+// Generalised advantage estimation, from the last action token of a row to the first. What a token
+// leaves to the one before it, x_i = gamma V_i + gamma lam A_i, is an affine map of x_{i+1} that
+// needs no other token: A_i = R_i - V_i + x_{i+1}. Double: a sum over a long row keeps the
+// precision of its terms.
+struct Gae {
+  double gamma;
+  double decay;  // gamma lam
+
+  SEGK_HD Affine<double> leaves(double reward, double value) const {
+    return {decay, decay * (reward - value) + gamma * value};
+  }
+  SEGK_HD static double advantage(double reward, double value, double ahead) {
+    return reward - value + ahead;
+  }
+};
 
 // Count, mean and summed squared deviation of a set of values, merged as by Chan, Golub and
 // LeVeque.

@@ -8,10 +8,11 @@
 
 namespace segk {
 
-// ends [T]; exclude_last [N]. Writes every token of the rows. `current`: entropy[t] belongs to the
-// distribution that produced t. Returns the first token whose NaN could decide a boundary, else -1.
+// ends [T]; exclude_last [N], or null for `exclude_all` in every row. Writes every token of the
+// rows. `current`: entropy[t] belongs to the distribution that produced t. Returns the first token
+// whose NaN could decide a boundary, else -1.
 int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshold, bool current,
-                     const bool* exclude_last, bool* ends, Place place);
+                     const bool* exclude_last, bool exclude_all, bool* ends, Place place);
 
 // scores [N], counts [N] (segments per row); mask may be null.
 void segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows, bool mean,

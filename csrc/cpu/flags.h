@@ -1,0 +1,97 @@
+// Masks and ends eight tokens at a time. A bool is one byte, 0 or 1, and is read as such: compilers
+// vectorise loops over bytes. Functions of several arrays look at where all of them are 1.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "segk/dtype.h"
+
+namespace segk {
+
+using Flags = const uint8_t*;
+
+inline Flags flags_of(const bool* flags) { return reinterpret_cast<Flags>(flags); }
+
+// value where the flag is 1, else 0, without a branch.
+inline float keep(uint8_t flag, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return detail::bits_to_float(bits & -static_cast<uint32_t>(flag));
+}
+
+namespace detail {
+
+// Flags of tokens t to t + 8 as the bytes of a word, the first in the lowest.
+inline uint64_t eight(Flags flags, int64_t t) {
+  uint64_t word;
+  std::memcpy(&word, flags + t, sizeof word);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  word = __builtin_bswap64(word);
+#endif
+  return word;
+}
+
+template <class... All>
+uint64_t eight_of_all(int64_t t, All... flags) {
+  return (eight(flags, t) & ...);
+}
+
+}  // namespace detail
+
+// How many tokens of [begin, end).
+template <class... All>
+int64_t count_true(int64_t begin, int64_t end, All... flags) {
+  constexpr uint64_t kEvenBytes = 0x00ff00ff00ff00ff;
+  constexpr int64_t kMostWords = 255;  // what a byte can count
+  int64_t count = 0;
+  int64_t t = begin;
+  while (end - t >= 8) {
+    const int64_t words = std::min((end - t) / 8, kMostWords);
+    uint64_t bytes = 0;
+    for (int64_t i = 0; i < words; ++i) bytes += detail::eight_of_all(t + 8 * i, flags...);
+    const uint64_t pairs = (bytes & kEvenBytes) + ((bytes >> 8) & kEvenBytes);
+    count += static_cast<int64_t>((pairs * 0x0001000100010001) >> 48);
+    t += 8 * words;
+  }
+  for (; t < end; ++t) count += (flags[t] & ...);
+  return count;
+}
+
+// The first token of [begin, end), or end.
+template <class... All>
+int64_t first_true(int64_t begin, int64_t end, All... flags) {
+  int64_t t = begin;
+  while (end - t >= 8 && !detail::eight_of_all(t, flags...)) t += 8;
+  while (t < end && !(flags[t] & ...)) ++t;
+  return t;
+}
+
+// The last token of [begin, end), or begin - 1.
+template <class... All>
+int64_t last_true(int64_t begin, int64_t end, All... flags) {
+  int64_t t = end;
+  while (t - begin >= 8 && !detail::eight_of_all(t - 8, flags...)) t -= 8;
+  while (t > begin && !(flags[t - 1] & ...)) --t;
+  return t - 1;
+}
+
+// Calls visit(t) for tokens of [begin, end) from the last to the first.
+template <class Visit, class... All>
+void visit_true_backward(int64_t begin, int64_t end, Visit visit, All... flags) {
+  int64_t t = end;
+  for (; t - begin >= 8; t -= 8) {
+    uint64_t word = detail::eight_of_all(t - 8, flags...);
+    while (word) {
+      const int top = 7 - __builtin_clzll(word) / 8;
+      visit(t - 8 + top);
+      word ^= uint64_t{1} << (8 * top);
+    }
+  }
+  while (t-- > begin) {
+    if ((flags[t] & ...)) visit(t);
+  }
+}
+
+}  // namespace segk
