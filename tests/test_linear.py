@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 from torch.profiler import ProfilerActivity, profile
 
-import segkernels.linear
 from segkernels import linear_logprobs_and_entropy, logprobs_and_entropy
 from segkernels.backend import BackendError
 from segkernels.linear import _linear_bwd, _linear_fwd
+from segkernels.projection import WORKSPACE
 
 BACKENDS = ("reference", "native")
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+WHERE = (WORKSPACE["native"], "native")
 NAN = float("nan")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -23,8 +24,7 @@ storage = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.fixture
 def small_buffers(monkeypatch):
     """Many token blocks and vocabulary slices, none of which divides its range."""
-    monkeypatch.setattr(segkernels.linear, "BUFFER", 4 * 16 * 13)
-    monkeypatch.setattr(segkernels.linear, "TILE", 4 * 13 * 7)
+    monkeypatch.setitem(WORKSPACE, "native", 16 * 4 * 49)
 
 
 def generator(seed=0):
@@ -175,14 +175,16 @@ def test_rows_without_upstream_gradient_take_no_part():
     """Their hidden states are destroyed between the passes; every gradient stays a number."""
     hidden, weight, bias, targets = draw((8,), 30, 16, torch.float32)
     targets[0] = -100
-    _, entropy, stats = _linear_fwd(hidden, weight, targets, bias, 1.0, None, None)
+    _, entropy, stats = _linear_fwd(hidden, weight, targets, bias, 1.0, None, None, *WHERE)
     up = torch.zeros_like(entropy)
     up[[0, 3]] = 2.0
     expected = _linear_bwd(
-        hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True
+        hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True, *WHERE
     )
     hidden[torch.arange(8) != 3] = NAN
-    got = _linear_bwd(hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True)
+    got = _linear_bwd(
+        hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True, *WHERE
+    )
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
     assert (got[0][torch.arange(8) != 3] == 0).all()
@@ -270,15 +272,29 @@ def test_opcheck(masked):
     hidden, weight, bias, targets = draw((3, 4), 17, 8, torch.float32)
     mask = torch.rand(3, 4, generator=generator()) < 0.5 if masked else None
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
-    torch.library.opcheck(_linear_fwd, (inputs[0], inputs[1], targets, inputs[2], 0.7, None, mask))
-    torch.library.opcheck(_linear_fwd, (inputs[0], inputs[1], None, None, 0.7, None, mask))
+    torch.library.opcheck(
+        _linear_fwd, (inputs[0], inputs[1], targets, inputs[2], 0.7, None, mask, *WHERE)
+    )
+    torch.library.opcheck(_linear_fwd, (inputs[0], inputs[1], None, None, 0.7, None, mask, *WHERE))
     detached = [t.detach() for t in inputs]
-    stats = _linear_fwd(detached[0], detached[1], targets, detached[2], 0.7, None, mask)[2]
+    stats = _linear_fwd(detached[0], detached[1], targets, detached[2], 0.7, None, mask, *WHERE)[2]
     up = torch.randn(3, 4, generator=generator())
     for needs in ((True, True, True), (False, True, False)):
         torch.library.opcheck(
             _linear_bwd,
-            (detached[0], detached[1], targets, detached[2], 0.7, None, stats, up, None, *needs),
+            (
+                detached[0],
+                detached[1],
+                targets,
+                detached[2],
+                0.7,
+                None,
+                stats,
+                up,
+                None,
+                *needs,
+                *WHERE,
+            ),
         )
 
 
