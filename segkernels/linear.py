@@ -80,6 +80,7 @@ def linear_logprobs_and_entropy(
     Source: the entropy that cuts segments, arXiv 2501.02790, section 2.2.
     """
     check_projection(hidden, weight, bias)
+    check_workspace(workspace)
     targets, scalar, temperatures = check_row_inputs(
         "hidden[..., 0]", hidden.select(-1, 0), targets, temperature, mask
     )
@@ -98,7 +99,7 @@ def linear_logprobs_and_entropy(
         scalar,
         *each(Tensor.float, temperatures),
         mask,
-        check_workspace(workspace, name),
+        workspace,
         name,
     )
     return (None if targets is None else logprobs), entropy
@@ -113,7 +114,7 @@ def _linear_fwd(
     temperature: float,
     temperatures: Tensor | None,
     mask: Tensor | None,
-    workspace: int,
+    workspace: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if values_may_be_checked(hidden):
@@ -169,7 +170,7 @@ def _linear_bwd(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-    workspace: int,
+    workspace: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that are needed; the others have no element."""

@@ -31,7 +31,8 @@ class Space:
     panel: int  # of hidden states, of the weight, or of its gradient
 
     @classmethod
-    def of(cls, backend: str, workspace: int, hidden: Tensor) -> Space:
+    def of(cls, backend: str, workspace: int | None, hidden: Tensor) -> Space:
+        workspace = WORKSPACE[backend] if workspace is None else workspace
         panel = workspace * 3 // 16
         if backend == "native":
             return cls(torch.float32, workspace, workspace // 16, panel)
@@ -69,15 +70,12 @@ def parts_of(count: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, count))
 
 
-def check_workspace(workspace: int | None, backend: str) -> int:
-    if workspace is None:
-        return WORKSPACE[backend]
-    if workspace <= 0:
+def check_workspace(workspace: int | None) -> None:
+    if workspace is not None and workspace <= 0:
         raise ValueError(
             f"workspace: expected a positive number of bytes, got {workspace}; "
             "None takes the default"
         )
-    return workspace
 
 
 def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -159,6 +157,12 @@ class HiddenRows:
         if self.mask is not None:
             x = x.masked_fill(~self.mask[block, None], 0)
         return x.to(self.dtype)
+
+    def places(self, block: slice) -> Tensor:
+        """[B] where some of the rows stand among all of hidden's."""
+        if self.index is not None:
+            return self.index[block]
+        return torch.arange(block.start, block.stop, device=self.hidden.device)
 
     def take(self, values: Tensor) -> Tensor:
         """[count, *] of values [..., *] in the shape of hidden's rows, contiguous."""
