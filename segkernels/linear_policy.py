@@ -289,7 +289,10 @@ def _token_weights(mask: Tensor, layout: Layout, aggregation: str) -> Tensor:
     else:
         share = rows.expand(layout.n_rows)
     of_row = 1 / share.clamp(min=1).float()
-    of_token = of_row[layout.row_ids(mask.device)].view(mask.shape)
+    if layout.cu_seqlens is None:
+        of_token = of_row[:, None].expand(mask.shape)
+    else:
+        of_token = of_row[layout.row_ids(mask.device)]
     return of_token.masked_fill(~mask, 0)
 
 

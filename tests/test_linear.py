@@ -1,5 +1,6 @@
 import pytest
 import torch
+from backends import NATIVE, REFERENCE, TRITON, Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measure import multiplications, peak_bytes
@@ -10,12 +11,14 @@ from segkernels.backend import BackendError
 from segkernels.linear import _linear_bwd, _linear_fwd
 from segkernels.projection import WORKSPACE
 
-BACKENDS = ("reference", "native")
+BACKENDS = (REFERENCE, NATIVE)
+DRIVERS = (NATIVE, Backend("triton"))  # with gpu_driver: the way of CPUs, the way of GPUs
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 WHERE = (WORKSPACE["native"], "native")
 NAN = float("nan")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+drivers = pytest.mark.parametrize("backend", DRIVERS)
 storage = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 
@@ -41,14 +44,15 @@ def draw(shape, vocab, size, dtype, seed=0):
 
 def run(backend, hidden, weight, bias, targets, temperature=1.0, mask=None, seed=0):
     """(logprobs, entropy, dhidden, dweight, dbias) with random upstream gradients."""
-    inputs = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    inputs = [t.detach().requires_grad_() for t in backend.place(hidden, weight, bias)]
+    targets, temperature, mask = backend.place(targets, temperature, mask)
     logprobs, entropy = linear_logprobs_and_entropy(
         inputs[0], inputs[1], targets, inputs[2], temperature, mask, backend=backend
     )
     up = torch.randn(2, *entropy.shape, generator=generator(seed), dtype=torch.float64)
-    up = up.to(entropy.dtype)
+    up = up.to(entropy)
     grads = torch.autograd.grad((logprobs, entropy), inputs, (up[0], up[1]))
-    return logprobs.detach(), entropy.detach(), *grads
+    return tuple(x.detach().cpu() for x in (logprobs, entropy, *grads))
 
 
 def check_close(kernel, baseline, truth, inputs, what=""):
@@ -63,9 +67,9 @@ def check_close(kernel, baseline, truth, inputs, what=""):
 def check_against_reference(hidden, weight, bias, targets, temperature=1.0, mask=None, what=""):
     inputs = (hidden, weight, bias)
     double = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
-    kernel = run("native", *inputs, targets, temperature, mask)
-    baseline = run("reference", *inputs, targets, temperature, mask)
-    truth = run("reference", *(t.double() for t in inputs), targets, double, mask)
+    kernel = run(NATIVE, *inputs, targets, temperature, mask)
+    baseline = run(REFERENCE, *inputs, targets, temperature, mask)
+    truth = run(REFERENCE, *(t.double() for t in inputs), targets, double, mask)
     check_close(kernel, baseline, truth, inputs, what)
 
 
@@ -117,19 +121,20 @@ def through_logits(hidden, weight, bias, targets, temperature, mask, seed=0):
 
 @storage
 @pytest.mark.parametrize("workspace", [16 * 2 * 200, None])
-def test_in_the_dtype_of_the_hidden_states(dtype, workspace, gpu_driver, monkeypatch):
-    """As on GPUs: held to the model's own rounding of logits and of their gradient."""
+@pytest.mark.parametrize("backend", TRITON)
+def test_triton_equals_the_form_from_logits(backend, dtype, workspace, monkeypatch):
+    """Held to the model's own rounding of logits and of their gradient."""
     monkeypatch.setitem(WORKSPACE, "triton", workspace or WORKSPACE["triton"])
     *inputs, targets = draw((4, 11), 100, 16, dtype)
     mask = torch.rand(4, 11, generator=generator(1)) < 0.7
-    kernel = run("triton", *inputs, targets, 0.7, mask)
+    kernel = run(backend, *inputs, targets, 0.7, mask)
     baseline = through_logits(*inputs, targets, 0.7, mask)
-    truth = run("reference", *(t.double() for t in inputs), targets, 0.7, mask)
+    truth = run(REFERENCE, *(t.double() for t in inputs), targets, 0.7, mask)
     check_close(kernel, baseline, truth, inputs)
 
 
 @storage
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@drivers
 def test_no_host_synchronisation(backend, dtype, gpu_driver, capturing, small_buffers):
     """Rows that cannot be left out are passed over: whatever stands there shows nowhere."""
     hidden, weight, bias, targets = draw((6, 9), 40, 16, dtype)
@@ -299,16 +304,16 @@ def test_gradcheck_of_the_reference():
 @storage
 def test_threads_and_reruns_are_bitwise_equal(dtype, two_threads):
     arguments = draw((60,), 700, 16, dtype)
-    first = run("native", *arguments)
-    for a, b in zip(run("native", *arguments), first, strict=True):
+    first = run(NATIVE, *arguments)
+    for a, b in zip(run(NATIVE, *arguments), first, strict=True):
         assert torch.equal(a, b)
 
 
 def test_bf16_autocast_changes_nothing():
     arguments = draw((9,), 40, 16, torch.float32)
-    plain = run("native", *arguments)
+    plain = run(NATIVE, *arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = run("native", *arguments)
+        inside = run(NATIVE, *arguments)
     for a, b in zip(plain, inside, strict=True):
         assert torch.equal(a, b)
 
@@ -364,7 +369,7 @@ def test_compiles_in_one_graph():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("workspace", [None, 8 << 20])
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@drivers
 @pytest.mark.parametrize(("tokens", "size", "vocab"), [(1500, 64, 40_000), (600, 4096, 2000)])
 def test_extra_memory_is_bounded(tokens, size, vocab, backend, workspace, dtype, gpu_driver):
     """Forward and backward stay within the workspace, the gradients apart; 1,500 rows of 40,000
@@ -386,6 +391,69 @@ def test_extra_memory_is_bounded(tokens, size, vocab, backend, workspace, dtype,
     if hidden.dtype != torch.float32:
         gradients += 4 * hidden.numel()  # the sum of half-precision dhidden
     assert gradients < peak < gradients + (workspace or WORKSPACE[backend])
+
+
+GPU = pytest.mark.parametrize("backend", TRITON[1:])
+
+
+@GPU
+def test_memory_on_a_gpu(backend):
+    *inputs, targets = backend.place(*draw((3000,), 100_000, 512, torch.bfloat16))
+    inputs = [t.requires_grad_() for t in inputs]
+
+    def both_passes():
+        logprobs, entropy = linear_logprobs_and_entropy(
+            inputs[0], inputs[1], targets, inputs[2], workspace=64 << 20, backend=backend
+        )
+        return torch.autograd.grad((logprobs - entropy).sum(), inputs)
+
+    both_passes()  # the products' own workspace is allocated once
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = both_passes()
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients = sum(g.nbytes for g in grads) + 4 * inputs[0].numel()
+    assert gradients < peak < gradients + (64 << 20)
+
+
+@GPU
+def test_without_a_mask_the_host_never_waits_forward(backend):
+    hidden, weight, bias, targets = backend.place(*draw((40,), 500, 64, torch.bfloat16))
+    linear_logprobs_and_entropy(hidden, weight, targets, bias, backend=backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_logprobs_and_entropy(hidden, weight, targets, bias, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+def test_cuda_graph(backend):
+    hidden, weight, bias, targets = draw((40,), 500, 64, torch.bfloat16)
+    mask = torch.arange(40) % 3 > 0
+    expected = run(backend, hidden, weight, bias, targets, 0.8, mask)
+    inputs = [t.requires_grad_() for t in backend.place(hidden * 0, weight, bias)]
+    targets, mask = backend.place(targets, mask)
+    up = torch.randn(2, 40, generator=generator(), dtype=torch.float64).float().cuda()
+
+    def both_passes():
+        stats = linear_logprobs_and_entropy(
+            inputs[0], inputs[1], targets, inputs[2], 0.8, mask, backend=backend
+        )
+        return *stats, *torch.autograd.grad(stats, inputs, (up[0], up[1]))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both_passes()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both_passes()
+    with torch.no_grad():
+        inputs[0].copy_(hidden)
+    graph.replay()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b)
 
 
 def test_masked_rows_and_rows_without_gradient_cost_no_product():

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from backends import NATIVE, REFERENCE, TRITON, Backend
 from hypothesis import given, settings
 from layouts import CASES, Case, cases
 from measure import multiplications, peak_bytes
@@ -20,12 +21,14 @@ from segkernels.linear_policy import _policy_bwd, _policy_fwd
 from segkernels.projection import WORKSPACE
 from segkernels.reference.linear_policy import policy_terms
 
-BACKENDS = ("reference", "native")
+BACKENDS = (REFERENCE, NATIVE)
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 VOCAB, SIZE = 13, 6
 NAN = float("nan")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+# With gpu_driver: the way of CPUs and the way of GPUs.
+drivers = pytest.mark.parametrize("backend", [NATIVE, Backend("triton")])
 aggregations = pytest.mark.parametrize("aggregation", AGGREGATIONS)
 SMALL = {name: case for name, case in CASES.items() if name != "giant"}
 case_names = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
@@ -171,14 +174,15 @@ def test_padded_equals_packed(case, aggregation, backend):
 
 def run(backend, tokens, params, upstream=1.0, **options):
     """(loss, logprobs, entropy, clip_fraction, approx_kl, dhidden, dweight, dbias)."""
-    tokens = {**tokens, "hidden": tokens["hidden"].detach().clone().requires_grad_()}
-    params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
-    got = linear_policy_loss(**tokens, **params, **{**OPTIONS, **options}, backend=backend)
+    inputs = {**tokens, **params, **OPTIONS, **options}
+    inputs = dict(zip(inputs, backend.place(*inputs.values()), strict=True))
+    wanted = [inputs[name].detach().clone() for name in ("hidden", *params)]
+    inputs.update(zip(("hidden", *params), (t.requires_grad_() for t in wanted), strict=True))
+    got = linear_policy_loss(**inputs, backend=backend)
     assert isinstance(got, PolicyLoss)
     assert [x.requires_grad for x in got] == [True, False, False, False, False]
-    wanted = (tokens["hidden"], *params.values())
     grads = torch.autograd.grad(got.loss * upstream, wanted)
-    return *(x.detach() for x in got), *grads
+    return tuple(x.detach().cpu() for x in (*got, *grads))
 
 
 def through_logits(tokens, params, upstream=1.0, cu_seqlens=None, aggregation="token-mean"):
@@ -229,9 +233,9 @@ workspaces = pytest.mark.parametrize("workspace", [None, CHUNKS])
 def test_native_equals_reference(case, aggregation, workspace, dtype):
     tokens, params = draw(case, dtype)
     common = {"upstream": -3.0, "cu_seqlens": case.cu_seqlens, "aggregation": aggregation}
-    kernel = run("native", tokens, params, workspace=workspace, **common)
-    baseline = run("reference", tokens, params, **common)
-    check_close(kernel, baseline, run("reference", doubles(tokens), doubles(params), **common))
+    kernel = run(NATIVE, tokens, params, workspace=workspace, **common)
+    baseline = run(REFERENCE, tokens, params, **common)
+    check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(params), **common))
     assert (kernel[5][~case.mask] == 0).all()
 
 
@@ -243,13 +247,26 @@ def test_in_the_dtype_of_the_hidden_states(case, workspace, dtype, gpu_driver):
     case = CASES[case]
     tokens, params = draw(case, dtype)
     common = {"upstream": 2.0, "cu_seqlens": case.cu_seqlens}
-    kernel = run("triton", tokens, params, workspace=workspace, **common)
+    kernel = run(Backend("triton"), tokens, params, workspace=workspace, **common)
     readable = {**tokens, "hidden": tokens["hidden"].nan_to_num()}
     baseline = through_logits(readable, params, **common)
-    check_close(kernel, baseline, run("reference", doubles(tokens), doubles(params), **common))
+    check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(params), **common))
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@dtypes
+@pytest.mark.parametrize("backend", TRITON)
+def test_triton_equals_the_form_from_logits(backend, dtype):
+    case = CASES["response"]
+    tokens, params = draw(case, dtype)
+    common = {"upstream": 2.0, "cu_seqlens": case.cu_seqlens}
+    two_chunks = CHUNKS * dtype.itemsize // 4
+    kernel = run(backend, tokens, params, workspace=two_chunks, **common)
+    readable = {**tokens, "hidden": tokens["hidden"].nan_to_num()}
+    baseline = through_logits(readable, params, **common)
+    check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(params), **common))
+
+
+@drivers
 @pytest.mark.parametrize(
     ("dtype", "other"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
 )
@@ -260,13 +277,13 @@ def test_mixed_dtypes(backend, dtype, other, gpu_driver):
     mixed = {**params, "weight": params["weight"].to(other)}
     kernel = run(backend, tokens, mixed, workspace=CHUNKS, **common)
     assert [x.dtype for x in kernel[5:]] == [dtype, other, dtype]
-    if backend == "native":
-        baseline = run("reference", tokens, mixed, **common)
+    if backend == NATIVE:
+        baseline = run(REFERENCE, tokens, mixed, **common)
     else:
         readable = {**tokens, "hidden": tokens["hidden"].nan_to_num()}
         like_hidden = {name: p.to(dtype) for name, p in mixed.items()}
         baseline = through_logits(readable, like_hidden, **common)
-    check_close(kernel, baseline, run("reference", doubles(tokens), doubles(mixed), **common))
+    check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(mixed), **common))
 
 
 @backends
@@ -320,13 +337,13 @@ def test_partial_gradients(backend, needs, workspace):
 
 
 @workspaces
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@drivers
 def test_no_host_synchronisation(backend, workspace, gpu_driver, capturing):
     case = CASES["lengths"]
     tokens, params = draw(case)
     common = {"cu_seqlens": case.cu_seqlens, "workspace": workspace}
     got = run(backend, tokens, params, **common)
-    for a, b in zip(got, run("reference", tokens, params, **common), strict=True):
+    for a, b in zip(got, run(REFERENCE, tokens, params, **common), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert (got[5][~case.mask] == 0).all()
 
@@ -399,19 +416,19 @@ def test_many_chunks_do_not_round_a_half_precision_gradient_as_often(monkeypatch
     case = CASES["lengths"]
     tokens, params = draw(case, torch.bfloat16)
     common = {"cu_seqlens": case.cu_seqlens, "aggregation": "seq-mean-token-sum"}
-    truth = run("reference", doubles(tokens), doubles(params), **common)[6]
-    baseline = run("reference", tokens, params, **common)[6]
-    assert_close(run("native", tokens, params, workspace=600, **common)[6], baseline, truth)
+    truth = run(REFERENCE, doubles(tokens), doubles(params), **common)[6]
+    baseline = run(REFERENCE, tokens, params, **common)[6]
+    assert_close(run(NATIVE, tokens, params, workspace=600, **common)[6], baseline, truth)
     monkeypatch.setattr(segkernels.linear_policy, "MOST_ROUNDINGS", 10**6)
     monkeypatch.setattr(segkernels.linear_policy, "FEWEST_ROWS", 1)
-    rounded = run("native", tokens, params, workspace=600, **common)[6]
+    rounded = run(NATIVE, tokens, params, workspace=600, **common)[6]
     with pytest.raises(AssertionError, match="error"):
         assert_close(rounded, baseline, truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("workspace", [None, 8 << 20])
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@drivers
 def test_extra_memory_is_bounded(backend, workspace, dtype, gpu_driver):
     """1,500 rows of 20,000 logits would have 120 MB; the gradients are held twice for a moment."""
     g = torch.Generator().manual_seed(0)
@@ -435,6 +452,36 @@ def test_extra_memory_is_bounded(backend, workspace, dtype, gpu_driver):
     peak, grads = peak_bytes(both_passes)
     gradients = sum(g.nbytes for g in grads)
     assert gradients < peak < gradients + max(gradients, workspace or WORKSPACE[backend])
+
+
+@pytest.mark.parametrize("backend", TRITON[1:])
+def test_cuda_graph(backend):
+    case = CASES["response"]
+    tokens, params = draw(case, torch.bfloat16)
+    common = {"cu_seqlens": case.cu_seqlens, "workspace": CHUNKS // 2}
+    expected = run(backend, tokens, params, **common)
+    inputs = {**tokens, **params, **OPTIONS, **common}
+    inputs = dict(zip(inputs, backend.place(*inputs.values()), strict=True))
+    inputs["hidden"].nan_to_num_()
+    wanted = [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    advantages = inputs["advantages"].clone()
+    inputs["advantages"].zero_()
+
+    def both_passes():
+        got = linear_policy_loss(**inputs, backend=backend)
+        return *got, *torch.autograd.grad(got.loss, wanted)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both_passes()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both_passes()
+    inputs["advantages"].copy_(advantages)
+    graph.replay()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b)
 
 
 def op_arguments(case, dtype=torch.float32, needs=(True, True, True), workspace=CHUNKS):
