@@ -2,10 +2,14 @@
 
 ``backend=`` of the call, else the environment variable ``SEGKERNELS_BACKEND``, else by device.
 What was asked for and is not available raises with the reason; nothing falls back silently.
+Triton kernels run on NVIDIA GPUs, and on CPUs under Triton's interpreter (``TRITON_INTERPRET=1``)
+when they are asked for.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 
 import torch
@@ -17,11 +21,11 @@ NAMES = ("reference", "native", "triton")
 
 # Devices that each backend of an op serves. The reference serves every op on every device.
 DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "entropy_from_logits": {"native": ("cpu",)},
-    "logprobs_and_entropy": {"native": ("cpu",)},
-    "linear_logprobs_and_entropy": {"native": ("cpu",)},
-    "vocab_shard_stats": {"native": ("cpu",)},
-    "merge_vocab_stats": {"native": ("cpu",)},
+    "entropy_from_logits": {"native": ("cpu",), "triton": ("cuda",)},
+    "logprobs_and_entropy": {"native": ("cpu",), "triton": ("cuda",)},
+    "linear_logprobs_and_entropy": {"native": ("cpu",), "triton": ("cuda",)},
+    "vocab_shard_stats": {"native": ("cpu",), "triton": ("cuda",)},
+    "merge_vocab_stats": {"native": ("cpu",), "triton": ("cuda",)},
     "segment_ends": {"native": ("cpu",)},
     "segment_offsets": {},
     "segment_scores": {"native": ("cpu",)},
@@ -33,22 +37,38 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
     "whiten": {"native": ("cpu",)},
     "policy_loss": {"native": ("cpu",)},
     "value_loss": {"native": ("cpu",)},
-    "linear_policy_loss": {"native": ("cpu",)},
+    "linear_policy_loss": {"native": ("cpu",), "triton": ("cuda",)},
 }
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run this call; the message says why."""
 
 
-def _refusal(op: str, name: str, device: str, double: bool) -> str:
+def _unserved(op: str, name: str, device: torch.device) -> str:
+    """Why backend ``name`` of ``op`` is not for this device; empty when it is."""
+    devices = DEVICES[op].get(name, ())
+    if name == "triton" and devices and os.environ.get("TRITON_INTERPRET") == "1":
+        devices = (*devices, "cpu")
+    if device.type not in devices:
+        served = " and ".join(devices) if devices else "no device"
+        return f"its {name} implementation serves {served}, the tensors are on {device.type}"
+    if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(device)
+        if torch.version.hip or gpu.major < 8:
+            return f"its triton implementation serves NVIDIA GPUs from sm_80 on, not {gpu.name}"
+    return ""
+
+
+def _refusal(op: str, name: str, device: torch.device, double: bool) -> str:
     """Why backend ``name`` cannot run ``op``; empty when it can."""
     if name == "reference":
         return ""
-    devices = DEVICES[op].get(name, ())
-    if device not in devices:
-        served = " and ".join(devices) if devices else "no device"
-        return f"its {name} implementation serves {served}, the tensors are on {device}"
+    unserved = _unserved(op, name, device)
+    if unserved:
+        return unserved
     if double:
         return f"its {name} implementation has no float64; the reference does"
     if name == "native" and native.extension is None:
@@ -56,6 +76,8 @@ def _refusal(op: str, name: str, device: str, double: bool) -> str:
             f"the compiled extension is missing ({native.missing}); "
             "build it with 'pip install -e .' from the checkout"
         )
+    if name == "triton" and not TRITON_INSTALLED:
+        return "triton is not installed; run 'pip install \"segkernels[gpu]\"'"
     return ""
 
 
@@ -67,10 +89,10 @@ def choose(op: str, *tensors: Tensor | None, backend: str | None = None) -> str:
     """
     present = [t for t in tensors if t is not None]
     double = any(t.dtype == torch.float64 for t in present)
-    return _choose(op, present[0].device.type, double, backend)
+    return _choose(op, present[0].device, double, backend)
 
 
-def _choose(op: str, device: str, double: bool, backend: str | None) -> str:
+def _choose(op: str, device: torch.device, double: bool, backend: str | None) -> str:
     asked = backend or os.environ.get("SEGKERNELS_BACKEND") or None
     if asked is not None:
         if asked not in NAMES:
@@ -83,7 +105,7 @@ def _choose(op: str, device: str, double: bool, backend: str | None) -> str:
     if double:
         return "reference"
     for name, devices in DEVICES[op].items():
-        if device in devices:
+        if device.type in devices and not _unserved(op, name, device):
             reason = _refusal(op, name, device, double)
             if reason:
                 raise BackendError(
@@ -95,20 +117,24 @@ def _choose(op: str, device: str, double: bool, backend: str | None) -> str:
 
 def explain(device: str | torch.device = "cpu") -> str:
     """A table of what would run for each op on ``device`` (fp32, bf16 or fp16), and why."""
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
     asked = os.environ.get("SEGKERNELS_BACKEND") or None
     lines = [f"device {kind}; SEGKERNELS_BACKEND {asked or 'not set'}"]
     if native.extension is None:
         lines.append(f"extension: missing ({native.missing})")
     else:
         lines.append(f"extension: {native.extension.build_info()}, {native.threads()} threads")
+    triton = importlib.metadata.version("triton") if TRITON_INSTALLED else "not installed"
+    lines.append(f"triton: {triton}")
     for op in DEVICES:
         try:
-            chosen = _choose(op, kind, False, None)
+            chosen = _choose(op, device, False, None)
             if asked:
                 why = "asked for by SEGKERNELS_BACKEND"
             elif chosen == "reference":
-                why = f"no kernel serves {kind}"
+                unserved = [_unserved(op, n, device) for n, d in DEVICES[op].items() if kind in d]
+                why = unserved[0] if unserved else f"no kernel serves {kind}"
             else:
                 why = f"serves {kind}"
         except BackendError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from operator import itemgetter
 
 import torch
@@ -10,7 +9,16 @@ from torch import Tensor
 
 from . import native, vocab
 from .backend import choose
-from .layout import check_floats, values_may_be_checked
+from .layout import values_may_be_checked
+from .projection import (
+    HiddenRows,
+    Projection,
+    Space,
+    add_product,
+    check_projection,
+    check_workspace,
+    parts_of,
+)
 from .reference import linear as reference
 from .token_stats import (
     check_row_inputs,
@@ -19,12 +27,6 @@ from .token_stats import (
     empty_stats,
     per_row,
 )
-
-# Bytes of one fp32 working buffer. The backward pass holds at most four: hidden states, a panel of
-# the weight and its gradient, and half a one each for a tile of logits and for widening. The rest
-# of the 64 MiB is left to the few numbers per token and to the buffers of the matrix product.
-BUFFER = 12 << 20
-TILE = BUFFER // 2
 
 
 def linear_logprobs_and_entropy(
@@ -35,14 +37,23 @@ def linear_logprobs_and_entropy(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     *,
+    workspace: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Log-probabilities and entropy of softmax((hidden weight^T + bias) / temperature).
 
     The same numbers as :func:`segkernels.logprobs_and_entropy` of the logits, which are never held:
-    the native implementation computes them tile by tile, and again in the backward pass. Its extra
-    memory stays below 64 MiB whatever the number of tokens and the vocabulary, the gradients apart;
-    that of half-precision hidden states is summed in a float32 buffer of their shape.
+    they are computed tile by tile, and again in the backward pass. Extra memory stays within
+    ``workspace`` whatever the number of tokens and the vocabulary, the gradients apart; that of
+    half-precision hidden states is summed in a float32 buffer of their shape, that of the weight
+    rounded once.
+
+    On CPUs everything is computed in float32. On GPUs the logits and their gradient are rounded to
+    the dtype of ``hidden``, as they are where a model computes them; all sums are float32.
+
+    The products are of the rows that count alone: those in the mask, in the backward pass those
+    with an upstream gradient. On a GPU the host waits for their number once a pass, twice with a
+    mask; it does not while a CUDA graph is captured, where all rows take part.
 
     Args:
         hidden: last hidden states ``[..., D]``. float32, bfloat16 or float16, read as float32;
@@ -53,7 +64,8 @@ def linear_logprobs_and_entropy(
         bias: ``[V]`` or None.
         temperature: positive; one float, or a tensor of one per row. No gradient flows to it.
         mask: bool of the leading shape; rows with False are not read, give 0 and get no gradient.
-            They and rows without an upstream gradient take no part in the products.
+        workspace: bytes; None for 64 MiB on CPUs, 512 MiB on GPUs. More makes larger products.
+            The least that can be computed, one row by one column, is whatever it says.
         backend: see ``segkernels.backend``.
 
     Returns:
@@ -62,12 +74,13 @@ def linear_logprobs_and_entropy(
 
     Raises:
         ValueError: shapes or devices that disagree, a temperature that is not positive and finite,
-            a target out of range (CPU tensors, or SEGKERNELS_DEBUG=1).
+            a target out of range (CPU tensors, or SEGKERNELS_DEBUG=1), a workspace of no byte.
         TypeError: dtypes that do not fit.
 
     Source: the entropy that cuts segments, arXiv 2501.02790, section 2.2.
     """
-    _check_projection(hidden, weight, bias)
+    check_projection(hidden, weight, bias)
+    check_workspace(workspace)
     targets, scalar, temperatures = check_row_inputs(
         "hidden[..., 0]", hidden.select(-1, 0), targets, temperature, mask
     )
@@ -79,134 +92,17 @@ def linear_logprobs_and_entropy(
             hidden, weight, targets, bias, per_row(scalar, temperatures), mask
         )
     logprobs, entropy, _ = _linear_fwd(
-        hidden, weight, targets, bias, scalar, *each(Tensor.float, temperatures), mask
+        hidden,
+        weight,
+        targets,
+        bias,
+        scalar,
+        *each(Tensor.float, temperatures),
+        mask,
+        workspace,
+        name,
     )
     return (None if targets is None else logprobs), entropy
-
-
-def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_floats("hidden", hidden)
-    check_floats("weight", weight)
-    if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(
-            f"hidden: expected shape [..., hidden size], got {list(hidden.shape)}; "
-            "pass the last hidden state of every token"
-        )
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight: expected shape [vocabulary, {hidden.shape[-1]}] to fit hidden, got "
-            f"{list(weight.shape)}; pass lm_head.weight"
-        )
-    if weight.device != hidden.device:
-        raise ValueError(
-            f"weight: expected device {hidden.device} like hidden, got {weight.device}; "
-            "move it with .to(hidden.device)"
-        )
-    if bias is None:
-        return
-    check_floats("bias", bias)
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias: expected shape {list(weight.shape[:1])} to fit weight, got "
-            f"{list(bias.shape)}; pass lm_head.bias, or None"
-        )
-    if bias.device != hidden.device:
-        raise ValueError(
-            f"bias: expected device {hidden.device} like hidden, got {bias.device}; "
-            "move it with .to(hidden.device)"
-        )
-
-
-class _Rows:
-    """The rows of hidden [..., D] that take part, in fp32 blocks of at most one buffer."""
-
-    def __init__(self, hidden: Tensor, keep: Tensor | None):
-        self.shape = hidden.shape[:-1]
-        self.hidden = hidden if hidden.dim() > 1 else hidden[None]
-        if keep is None:
-            keep = torch.ones(self.shape, dtype=torch.bool, device="cpu")
-        in_place = hidden.is_contiguous() and bool(keep.all())
-        self.keep = keep.reshape(-1)
-        self.index = None if in_place else self.keep.nonzero().squeeze(1)
-        self.count = keep.numel() if self.index is None else self.index.numel()
-        most = max(1, BUFFER // (4 * hidden.shape[-1]))
-        blocks = max(1, -(-self.count // most))
-        self.size = max(1, -(-self.count // blocks))
-        self.only = self._read(slice(self.count)) if blocks == 1 else None
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(which of the rows, their hidden states [B, D])."""
-        for block in self._ranges():
-            yield block, self._read(block) if self.only is None else self.only
-
-    def _ranges(self) -> list[slice]:
-        starts = range(0, self.count, self.size)
-        return [slice(begin, min(begin + self.size, self.count)) for begin in starts]
-
-    def _read(self, block: slice) -> Tensor:
-        if self.index is None:
-            return self.hidden.view(-1, self.hidden.shape[-1])[block].float()
-        at = torch.unravel_index(self.index[block], self.hidden.shape[:-1])
-        return self.hidden[at].float()
-
-    def take(self, values: Tensor) -> Tensor:
-        """[count, *] of values [..., *] in the shape of hidden's rows, contiguous."""
-        flat = values.reshape(-1, *values.shape[len(self.shape) :])
-        return flat.contiguous() if self.index is None else flat[self.index]
-
-    def put(self, values: Tensor) -> Tensor:
-        """[..., *] of values [count, *] in the shape of hidden's rows, 0 for the other rows."""
-        if self.index is not None:
-            full = values.new_zeros(self.shape.numel(), *values.shape[1:])
-            full[self.index] = values
-            values = full
-        return values.view(self.shape + values.shape[1:])
-
-    def spread(self, out: Tensor) -> None:
-        """Moves rows [0, count) of out [rows of hidden, *] to their places; the others get 0.
-
-        In place: no row moves towards the front, so going from the last to the first overwrites
-        none that has yet to move.
-        """
-        if self.index is None:
-            return
-        for block in reversed(self._ranges()):
-            out[self.index[block]] = out[block].clone()
-        out[~self.keep] = 0
-
-
-class _Projection:
-    """Vocabulary slices of the projection, and tiles of logits in memory that is used again."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: _Rows):
-        columns, hidden_size = weight.shape
-        most = max(1, min(BUFFER // (4 * hidden_size), TILE // (4 * rows.size), columns))
-        slices = -(-columns // most)
-        self.columns = -(-columns // slices)
-        self.weight = weight
-        self.bias = None if bias is None else bias.float()
-        self.tile = native.empty(weight, rows.size * self.columns)
-        self.panel = self.scratch() if weight.dtype != torch.float32 else None
-
-    def scratch(self) -> Tensor:
-        return native.empty(self.weight, self.columns, self.weight.shape[1])
-
-    def slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, fp32 weight of them [C, D]); valid until the next."""
-        total = self.weight.shape[0]
-        for begin in range(0, total, self.columns):
-            part = slice(begin, min(begin + self.columns, total))
-            panel = self.weight[part]
-            if self.panel is not None:
-                panel = self.panel[: len(panel)].copy_(panel)
-            yield part, panel
-
-    def logits(self, x: Tensor, part: slice, panel: Tensor) -> Tensor:
-        """[B, C], in the tile."""
-        out = self.tile[: len(x) * len(panel)].view(len(x), len(panel))
-        if self.bias is None:
-            return torch.mm(x, panel.t(), out=out)
-        return torch.addmm(self.bias[part], x, panel.t(), out=out)
 
 
 @torch.library.custom_op("segkernels::linear_logprobs_and_entropy_fwd", mutates_args=())
@@ -218,23 +114,34 @@ def _linear_fwd(
     temperature: float,
     temperatures: Tensor | None,
     mask: Tensor | None,
+    workspace: int | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = vocab.kernels("native")
-    check_row_values(weight.shape[0], targets, temperatures, mask)
-    rows = _Rows(hidden, mask)
-    projection = _Projection(weight, bias, rows)
+    if values_may_be_checked(hidden):
+        check_row_values(weight.shape[0], targets, temperatures, mask)
+    kernels = vocab.kernels(backend)
+    space = Space.of(backend, workspace, hidden)
+    rows = HiddenRows(hidden, mask, space.dtype)
+    height = space.height(rows)
+    columns = space.columns(height, weight)
+    projection = Projection(weight, bias, space.dtype, columns)
+    tile = native.buffer(hidden, height * columns, dtype=space.dtype)
     targets, temperatures = each(rows.take, targets, temperatures)
     logprobs, entropy, stats = empty_stats(torch.Size([rows.count]), targets, hidden)
-    for block, x in rows.blocks():
-        targets_b, temperatures_b = each(itemgetter(block), targets, temperatures)
+    for block in parts_of(rows.count, height):
+        x = rows.read(block)
+        targets_b, temperatures_b, mask_b = each(
+            itemgetter(block), targets, temperatures, rows.mask
+        )
         states = native.empty(x, len(x), 4, dtype=torch.float64)
         for part, panel in projection.slices():
-            tile = projection.logits(x, part, panel)
-            tile_rows = vocab.Rows(tile, targets_b, temperature, temperatures_b, part.start)
-            kernels.accumulate(tile_rows, None, states)
+            logits = tile[: len(x) * len(panel)].view(len(x), len(panel))
+            projection.logits(x, part, panel, logits)
+            tile_rows = vocab.Rows(logits, targets_b, temperature, temperatures_b, part.start)
+            kernels.accumulate(tile_rows, mask_b, states)
         kernels.finish(
             tile_rows,
-            None,
+            mask_b,
             states,
             None if targets is None else logprobs[block],
             entropy[block],
@@ -245,7 +152,7 @@ def _linear_fwd(
 
 
 @_linear_fwd.register_fake
-def _(hidden, weight, targets, bias, temperature, temperatures, mask):
+def _(hidden, weight, targets, *_):
     return empty_stats(hidden.shape[:-1], targets, hidden)
 
 
@@ -263,6 +170,8 @@ def _linear_bwd(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    workspace: int | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients that are needed; the others have no element."""
     keep = stats.select(-1, 1) != 0
@@ -271,33 +180,43 @@ def _linear_bwd(
         has_gradient |= (dlogprobs != 0) & (targets >= 0)
     if dentropy is not None:
         has_gradient |= dentropy != 0
-    kernels = vocab.kernels("native")
-    rows = _Rows(hidden, keep & has_gradient)
-    projection = _Projection(weight, bias, rows)
+    kernels = vocab.kernels(backend)
+    space = Space.of(backend, workspace, hidden)
+    rows = HiddenRows(hidden, keep & has_gradient, space.dtype)
+    height = space.height(rows)
+    # Every slice of dweight is rounded once: by its one product, or from a float32 sum.
+    one_product = rows.count <= height and weight.dtype == space.dtype
+    sums_apart = need_weight and not one_product and weight.dtype != torch.float32
+    columns = space.columns(height, weight, sums_apart)
+    projection = Projection(weight, bias, space.dtype, columns)
+    tile = native.buffer(hidden, height * columns, dtype=space.dtype)
     per_row = each(rows.take, targets, temperatures, stats, dlogprobs, dentropy)
 
-    dhidden = native.empty(hidden, keep.numel() if need_hidden else 0, hidden.shape[-1]).zero_()
-    allocate = torch.empty if rows.count else torch.zeros
-    dweight = allocate(weight.shape if need_weight else 0, dtype=weight.dtype, device="cpu")
+    dhidden = native.buffer(hidden, keep.numel() if need_hidden else 0, hidden.shape[-1])
+    dweight = native.buffer(weight, *weight.shape if need_weight else (0,), dtype=weight.dtype)
     dbias = native.empty(hidden, weight.shape[0] if need_bias else 0).zero_()
-    dpanel = projection.scratch() if need_weight and weight.dtype != torch.float32 else None
+    sums = projection.scratch(torch.float32) if sums_apart else None
     for part, panel in projection.slices():
-        for block, x in rows.blocks():
-            tile = projection.logits(x, part, panel)
+        dw = dweight[part] if sums is None else sums[: len(panel)]
+        for block in parts_of(rows.count, height):
+            x = rows.read(block)
+            logits = tile[: len(x) * len(panel)].view(len(x), len(panel))
+            projection.logits(x, part, panel, logits)
             targets, temperatures, *upstream = each(itemgetter(block), *per_row)
-            tile_rows = vocab.Rows(tile, targets, temperature, temperatures, part.start)
-            kernels.backward(tile_rows, *upstream, tile)
-            if need_weight:
-                dw = dweight[part] if dpanel is None else dpanel[: len(panel)]
-                torch.addmm(dw, tile.t(), x, beta=0 if block.start == 0 else 1, out=dw)
-            if need_bias:
-                dbias[part] += tile.sum(0)
+            tile_rows = vocab.Rows(logits, targets, temperature, temperatures, part.start)
+            kernels.backward(tile_rows, *upstream, logits)
             if need_hidden:
-                torch.addmm(dhidden[block], tile, panel, out=dhidden[block])
-        if dpanel is not None and rows.count:
-            dweight[part] = dpanel[: len(panel)]
+                add_product(dhidden[block], logits, panel, start=part.start == 0)
+            if need_weight:
+                add_product(dw, logits.t(), x, start=block.start == 0)
+            if need_bias:
+                dbias[part] += logits.sum(0, dtype=torch.float32)
+        if sums is not None:
+            dweight[part] = dw
+    if not rows.count:
+        dweight.zero_()
     if need_hidden:
-        rows.spread(dhidden)
+        rows.spread(dhidden, height)
     return (
         dhidden.view(hidden.shape if need_hidden else 0).to(hidden.dtype),
         dweight,
@@ -319,6 +238,7 @@ def _(
     need_hidden,
     need_weight,
     need_bias,
+    *_,
 ):
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
@@ -328,7 +248,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, ctx.temperature, temperatures, _ = inputs
+    hidden, weight, targets, bias, ctx.temperature, temperatures, _, *ctx.where = inputs
     ctx.save_for_backward(hidden, weight, targets, bias, temperatures, output[2])
     ctx.set_materialize_grads(False)
 
@@ -349,15 +269,14 @@ def _backward(ctx, dlogprobs, dentropy, _):
         need_hidden,
         need_weight,
         need_bias,
+        *ctx.where,
     )
     return (
         dhidden if need_hidden else None,
         dweight if need_weight else None,
         None,
         dbias if need_bias else None,
-        None,
-        None,
-        None,
+        *(None,) * 5,
     )
 
 

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from . import native, vocab
 from .backend import choose
-from .layout import check_bools, check_floats, check_like, layout_of, values_may_be_checked
-from .linear import linear_logprobs_and_entropy
+from .layout import (
+    Layout,
+    check_bools,
+    check_floats,
+    check_like,
+    layout_of,
+    values_may_be_checked,
+)
+from .linear import _linear_bwd, _linear_fwd, linear_logprobs_and_entropy
 from .ppo_loss import Aggregation, check_aggregation, check_clip
+from .projection import (
+    HiddenRows,
+    Projection,
+    Space,
+    add_product,
+    check_projection,
+    check_workspace,
+    even_part,
+    may_synchronise,
+    parts_of,
+)
 from .reference import linear_policy as reference
-from .token_stats import IGNORED
+from .token_stats import IGNORED, check_row_inputs, check_row_values, each, empty_stats
+
+# A gradient of half-precision weights that is added to chunk by chunk is rounded as many times. At
+# 16 the roundings together stay near two units in the last place.
+MOST_ROUNDINGS = 16
+# Products of fewer rows spend more time on moving the weight than a fourth product takes.
+FEWEST_ROWS = 32
 
 
 class PolicyLoss(NamedTuple):
@@ -40,6 +69,7 @@ def linear_policy_loss(
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
     aggregation: Aggregation = "token-mean",
+    workspace: int | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate of PPO without ever holding the logits of all tokens.
@@ -50,8 +80,21 @@ def linear_policy_loss(
         -min(rho A, clip(rho, 1 - clip, 1 + clip) A) + kl_coef (exp(-q) - 1 + q) - entropy_coef H
 
     and the loss their aggregate, as in :func:`segkernels.policy_loss`. Row i of ``hidden`` predicts
-    ``targets[i]``: the caller shifts, and everything per token is aligned with ``targets``. Rows
-    outside the mask take no part in the products.
+    ``targets[i]``: the caller shifts, and everything per token is aligned with ``targets``.
+
+    The loss of a token and its gradient in logprob and H are known as soon as the token's logits
+    are. So the gradients in ``hidden``, ``weight`` and ``bias`` are formed in the forward pass,
+    chunk by chunk of tokens whose logits fit ``workspace``: three products, of which rows outside
+    the mask take no part in any, and rows without gradient (clipped, or of advantage 0, and neither
+    KL nor entropy term) only in the first. The backward pass multiplies them by the gradient of the
+    loss, and for that moment holds them twice. Where none is wanted (``torch.no_grad``) there is
+    one product. A second derivative is refused.
+
+    The gradient of bfloat16 weights is rounded once a chunk where they are also what is computed
+    with, or where several chunks are added. Where those would be more than 16, or a chunk less than
+    32 rows, and always in float16, whose range needs the scale of the loss before anything is
+    rounded, the gradients are those of :func:`segkernels.linear_logprobs_and_entropy`: four
+    products. A larger ``workspace`` makes larger chunks.
 
     Source: arXiv 1707.06347, equation 7; arXiv 2501.02790 for the surrounding method. The KL term
     is the k3 estimator of http://joschu.net/blog/kl-approx.html.
@@ -71,8 +114,10 @@ def linear_policy_loss(
         kl_coef: weight of the KL term.
         entropy_coef: weight of the entropy bonus.
         aggregation: see :func:`segkernels.policy_loss`.
-        backend: runs the log-probabilities and the entropy; see ``segkernels.backend``. The rest
-            is plain PyTorch on any device.
+        workspace: bytes of extra memory, the gradients apart; None for 64 MiB on CPUs, 512 MiB on
+            GPUs.
+        backend: see ``segkernels.backend``; float32 and host synchronisation as in
+            :func:`segkernels.linear_logprobs_and_entropy`, and one more a chunk.
 
     Returns:
         ``PolicyLoss``; ``loss`` is differentiable in ``hidden``, ``weight`` and ``bias``, the other
@@ -100,11 +145,64 @@ def linear_policy_loss(
     check_bools("mask", mask, "targets", targets)
     check_clip(clip)
     check_aggregation(aggregation)
+    check_workspace(workspace)
     if kl_coef and ref_logprobs is None:
         raise ValueError(
             f"ref_logprobs: expected a tensor because kl_coef is {kl_coef}, got None; pass the "
             "reference policy's log-probabilities, or kl_coef=0"
         )
+    name = choose(
+        "linear_policy_loss", hidden, weight, bias, old_logprobs, advantages, backend=backend
+    )
+    old_logprobs, advantages, ref_logprobs = each(
+        Tensor.detach, old_logprobs, advantages, ref_logprobs
+    )
+    constants = (old_logprobs, advantages, ref_logprobs, mask)
+    coefficients = (clip, kl_coef, entropy_coef, aggregation)
+    if name == "reference" or _holds_float16(hidden, weight, bias):
+        _check_targets(targets, mask)
+        logprobs, entropy = linear_logprobs_and_entropy(
+            hidden, weight, targets, bias, temperature, mask, workspace=workspace, backend=name
+        )
+        assert logprobs is not None
+        if name == "reference":
+            results = reference.policy_terms(logprobs, entropy, *constants, layout, *coefficients)
+        else:
+            objective = _Objective.of(*constants, layout, *coefficients)
+            results = objective.results(logprobs, entropy)
+        loss, clip_fraction, approx_kl = results
+        return PolicyLoss(loss, logprobs.detach(), entropy.detach(), clip_fraction, approx_kl)
+    check_projection(hidden, weight, bias)
+    token_ids, scalar, temperatures = check_row_inputs(
+        "hidden[..., 0]", hidden.select(-1, 0), targets, temperature, mask
+    )
+    assert token_ids is not None
+    wanted = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
+    loss, logprobs, entropy, clip_fraction, approx_kl, *_ = _policy_fwd(
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        *constants,
+        layout.cu_seqlens,
+        scalar,
+        *each(Tensor.float, temperatures),
+        *coefficients,
+        *wanted,
+        workspace,
+        name,
+    )
+    return PolicyLoss(loss, logprobs, entropy, clip_fraction, approx_kl)
+
+
+def _holds_float16(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.dtype == torch.float16 for t in tensors)
+
+
+def _check_targets(targets: Tensor, mask: Tensor) -> None:
     if values_may_be_checked(targets):
         missing = (mask & (targets == IGNORED)).nonzero()
         if len(missing):
@@ -112,24 +210,320 @@ def linear_policy_loss(
                 f"targets: expected token ids at action tokens, got {IGNORED} at "
                 f"{missing[0].tolist()}; set the mask to False there"
             )
-    name = choose(
-        "linear_policy_loss", hidden, weight, bias, old_logprobs, advantages, backend=backend
-    )
-    logprobs, entropy = linear_logprobs_and_entropy(
-        hidden, weight, targets, bias, temperature, mask, backend=name
-    )
-    assert logprobs is not None
-    loss, clip_fraction, approx_kl = reference.policy_terms(
-        logprobs,
-        entropy,
-        old_logprobs.detach(),
-        advantages.detach(),
-        None if ref_logprobs is None else ref_logprobs.detach(),
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """The loss as a function of each token's log-probability and entropy."""
+
+    old_logprobs: Tensor  # these four fp32, of one shape; 0 outside the mask
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    weights: Tensor  # what the aggregation multiplies a token's term with
+    clip: float
+    kl_coef: float
+    entropy_coef: float
+
+    @classmethod
+    def of(
+        cls,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        ref_logprobs: Tensor | None,
+        mask: Tensor,
+        layout: Layout,
+        clip: float,
+        kl_coef: float,
+        entropy_coef: float,
+        aggregation: str,
+    ) -> _Objective:
+        old, advantages, ref = each(
+            lambda x: x.float().masked_fill(~mask, 0), old_logprobs, advantages, ref_logprobs
+        )
+        weights = _token_weights(mask, layout, aggregation)
+        return cls(old, advantages, ref, weights, clip, kl_coef, entropy_coef)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> _Objective:
+        old, advantages, ref, weights = each(
+            function, self.old_logprobs, self.advantages, self.ref_logprobs, self.weights
+        )
+        return replace(
+            self, old_logprobs=old, advantages=advantages, ref_logprobs=ref, weights=weights
+        )
+
+    def results(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, clip_fraction, approx_kl)."""
+        tokens = (logprobs, self.old_logprobs, self.advantages)
+        terms = reference.token_terms(
+            *tokens, entropy, self.ref_logprobs, self.clip, self.kl_coef, self.entropy_coef
+        )
+        loss = (self.weights * terms).sum(dtype=torch.float64).float()
+        count = (self.weights > 0).sum().clamp(min=1)
+        clip_fraction = reference.clipped(*tokens, self.clip).sum().float() / count
+        approx_kl = reference.squared_log_ratio(logprobs, self.old_logprobs).sum() / count
+        return loss, clip_fraction, approx_kl
+
+    def slopes(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the loss in each log-probability, and in each entropy."""
+        clipped = reference.clipped(logprobs, self.old_logprobs, self.advantages, self.clip)
+        idle = clipped | (self.advantages == 0)
+        ratio = (logprobs - self.old_logprobs).exp()
+        slope = torch.where(idle, 0, -self.advantages * ratio)
+        if self.kl_coef and self.ref_logprobs is not None:
+            slope = slope - self.kl_coef * torch.expm1(self.ref_logprobs - logprobs)
+        return self.weights * slope, self.weights * -self.entropy_coef
+
+
+def _token_weights(mask: Tensor, layout: Layout, aggregation: str) -> Tensor:
+    """What each token's term is multiplied with, 0 outside the mask; without synchronisation."""
+    if layout.cu_seqlens is None:
+        counts = mask.sum(1)
+    else:
+        before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+        counts = before[layout.cu_seqlens.long()].diff()
+    rows = (counts > 0).sum()
+    if aggregation == "token-mean":
+        share = counts.sum().expand(layout.n_rows)
+    elif aggregation == "seq-mean-token-mean":
+        share = rows * counts
+    else:
+        share = rows.expand(layout.n_rows)
+    of_row = 1 / share.clamp(min=1).float()
+    if layout.cu_seqlens is None:
+        of_token = of_row[:, None].expand(mask.shape)
+    else:
+        of_token = of_row[layout.row_ids(mask.device)]
+    return of_token.masked_fill(~mask, 0)
+
+
+@torch.library.custom_op("segkernels::linear_policy_loss_fwd", mutates_args=())
+def _policy_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    clip: float,
+    kl_coef: float,
+    entropy_coef: float,
+    aggregation: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    workspace: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, logprobs, entropy, clip_fraction, approx_kl, and the gradients of the loss that are
+    needed; the others have no element."""
+    _check_targets(targets, mask)
+    if values_may_be_checked(hidden):
+        check_row_values(weight.shape[0], targets, temperatures, mask)
+    layout = layout_of("targets", targets, cu_seqlens)
+    objective = _Objective.of(
+        old_logprobs,
+        advantages,
+        ref_logprobs,
         mask,
         layout,
-        clip=clip,
-        kl_coef=kl_coef,
-        entropy_coef=entropy_coef,
-        aggregation=aggregation,
+        clip,
+        kl_coef,
+        entropy_coef,
+        aggregation,
     )
-    return PolicyLoss(loss, logprobs.detach(), entropy.detach(), clip_fraction, approx_kl)
+    rows = (hidden, weight, targets, bias, temperature, temperatures)
+    needs = (need_hidden, need_weight, need_bias)
+    where = (workspace, backend)
+    if not any(needs):
+        logprobs, entropy, _ = _linear_fwd(*rows, mask, *where)
+        gradients = _empty_gradients((hidden, weight, bias), needs)
+    elif (chunks := _Chunks(hidden, weight, mask, *where)).worthwhile:
+        logprobs, entropy, gradients = _three_products(*rows, objective, chunks, *needs, backend)
+    else:
+        logprobs, entropy, stats = _linear_fwd(*rows, mask, *where)
+        slopes = objective.slopes(logprobs)
+        gradients = _linear_bwd(*rows, stats, *slopes, *needs, *where)
+    loss, clip_fraction, approx_kl = objective.results(logprobs, entropy)
+    return loss, logprobs, entropy, clip_fraction, approx_kl, *gradients
+
+
+class _Chunks:
+    """The rows in the mask, in chunks whose logits fit the workspace."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, mask: Tensor, workspace: int | None, backend: str
+    ):
+        space = Space.of(backend, workspace, hidden)
+        self.rows = HiddenRows(hidden, mask, space.dtype)
+        vocabulary, hidden_size = weight.shape
+        size = space.dtype.itemsize
+        converts = weight.dtype != space.dtype
+        # Float32 sums of a slice of dweight, which is rounded after each chunk.
+        self.sums_apart = converts and weight.dtype != torch.float32
+        self.columns = vocabulary
+        if converts:
+            self.columns = even_part(vocabulary, space.total // 16 // (4 * hidden_size), 128)
+        panels = self.columns * hidden_size * (size * converts + 4 * self.sums_apart)
+        self.moved = max(1, space.total // 32 // (size * vocabulary))
+        # Twice the hidden states (those in the mask, those with a gradient), theirs before the
+        # conversion, and their gradient before and after one.
+        states = hidden_size * (2 * size + 4 + 2 * hidden.dtype.itemsize)
+        # An eighth is left to the few numbers per token, and to the buffers of the products.
+        free = space.total - space.total // 8 - panels - self.moved * size * vocabulary
+        self.height = even_part(self.rows.count, free // (size * vocabulary + states), 128)
+        rounds = weight.dtype.itemsize < 4 and self.rows.count > MOST_ROUNDINGS * self.height
+        self.worthwhile = not rounds and self.height >= min(FEWEST_ROWS, self.rows.count)
+
+
+def _three_products(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    objective: _Objective,
+    chunks: _Chunks,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """logprobs, entropy, (dhidden, dweight, dbias)."""
+    kernels = vocab.kernels(backend)
+    rows, vocabulary = chunks.rows, weight.shape[0]
+    projection = Projection(weight, bias, rows.dtype, chunks.columns)
+    tile = native.buffer(hidden, chunks.height * vocabulary, dtype=rows.dtype)
+    targets, temperatures = each(rows.take, targets, temperatures)
+    objective = objective.map(rows.take)
+    logprobs, entropy, stats = empty_stats(torch.Size([rows.count]), targets, hidden)
+
+    dhidden = native.buffer(hidden, *hidden.shape if need_hidden else (0,), dtype=hidden.dtype)
+    dhidden.zero_()
+    dweight = native.buffer(weight, *weight.shape if need_weight else (0,), dtype=weight.dtype)
+    dbias = native.empty(hidden, vocabulary if need_bias else 0).zero_()
+    dx = native.empty(hidden, chunks.height if need_hidden else 0, hidden.shape[-1])
+    sums = projection.scratch(torch.float32) if need_weight and chunks.sums_apart else None
+    started = False
+    for block in parts_of(rows.count, chunks.height):
+        x = rows.read(block)
+        logits = tile[: len(x) * vocabulary].view(len(x), vocabulary)
+        for part, panel in projection.slices():
+            projection.logits(x, part, panel, logits[:, part])
+        at_rows = each(itemgetter(block), targets, temperatures)
+        kernels.forward(
+            vocab.Rows(logits, at_rows[0], temperature, at_rows[1]),
+            *each(itemgetter(block), rows.mask),
+            logprobs[block],
+            entropy[block],
+            stats[block],
+        )
+        slopes = objective.map(itemgetter(block)).slopes(logprobs[block])
+        places = rows.places(block)
+        at_rows += [stats[block], *slopes]
+        if may_synchronise(hidden):
+            active = ((slopes[0] != 0) | (slopes[1] != 0)).nonzero().squeeze(1)
+            if len(active) == 0:
+                continue
+            if len(active) < len(x):
+                logits = _moved_forward(logits, active, chunks.moved)
+                x, places, *at_rows = each(itemgetter(active), x, places, *at_rows)
+        targets_b, temperatures_b, *upstream = at_rows
+        tile_rows = vocab.Rows(logits, targets_b, temperature, temperatures_b)
+        kernels.backward(tile_rows, *upstream, logits)
+        for part, panel in projection.slices():
+            dlogits = logits[:, part]
+            if need_hidden:
+                add_product(dx[: len(x)], dlogits, panel, start=part.start == 0)
+            if need_weight:
+                dw = dweight[part]
+                if sums is not None:
+                    dw = sums[: len(panel)]
+                    if started:
+                        dw.copy_(dweight[part])
+                add_product(dw, dlogits.t(), x, start=not started)
+                if sums is not None:
+                    dweight[part] = dw
+        if need_hidden:
+            dx_b = dx[: len(x)].to(hidden.dtype)
+            dhidden.view(-1, hidden.shape[-1]).index_copy_(0, places, dx_b)
+        if need_bias:
+            dbias += logits.sum(0, dtype=torch.float32)
+        started = True
+    if not started:
+        dweight.zero_()
+    dbias = dbias.to(hidden.dtype if bias is None else bias.dtype)
+    return rows.put(logprobs), rows.put(entropy), (dhidden, dweight, dbias)
+
+
+def _moved_forward(logits: Tensor, active: Tensor, size: int) -> Tensor:
+    """The active rows, in place: each comes from where it is or further back, so going from the
+    first to the last overwrites none that has yet to move."""
+    for block in parts_of(len(active), size):
+        logits[block] = logits[active[block]]
+    return logits[: len(active)]
+
+
+@torch.library.custom_op("segkernels::linear_policy_loss_bwd", mutates_args=())
+def _policy_bwd(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each gradient times dloss. Not in place: the graph may be kept and differentiated again.
+
+    The tensors that the gradients are in are here to be seen by autograd, which then refuses a
+    second derivative.
+    """
+    return dhidden * dloss, dweight * dloss, dbias * dloss
+
+
+def _empty_gradients(
+    tensors: tuple[Tensor, Tensor, Tensor | None], needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = tensors
+    like = (hidden, weight, hidden.new_empty(0) if bias is None else bias)
+    dhidden, dweight, dbias = (
+        x.new_empty(x.shape if need else 0) for x, need in zip(like, needs, strict=True)
+    )
+    return dhidden, dweight, dbias
+
+
+@_policy_fwd.register_fake
+def _(hidden, weight, bias, targets, *rest):
+    needs = rest[-5:-2]
+    scalars = [native.empty(hidden) for _ in range(3)]
+    tokens = [native.empty(hidden, *targets.shape) for _ in range(2)]
+    gradients = _empty_gradients((hidden, weight, bias), needs)
+    return (scalars[0], *tokens, *scalars[1:], *gradients)
+
+
+@_policy_bwd.register_fake
+def _(dloss, hidden, weight, bias, *gradients):
+    return tuple(torch.empty_like(gradient) for gradient in gradients)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.needs = inputs[-5:-2]
+    ctx.constants = len(inputs) - 3
+    ctx.save_for_backward(*inputs[:3], *output[5:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *_):
+    gradients = _policy_bwd(dloss, *ctx.saved_tensors)
+    needed = (g if need else None for g, need in zip(gradients, ctx.needs, strict=True))
+    return (*needed, *(None,) * ctx.constants)
+
+
+_policy_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -1,5 +1,47 @@
+import importlib.util
+import os
+
+import numpy as np
 import pytest
 import torch
+
+from segkernels import backend, linear_policy, native_vocab, projection, vocab
+
+# Before anything imports triton: without a GPU, its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+REQUIRED = os.environ.get("SEGKERNELS_REQUIRE", "").split(",")
+
+
+def pytest_runtest_setup(item):
+    """Skips what cannot run here, unless SEGKERNELS_REQUIRE ("triton", "cuda", both) forbids it."""
+    missing = {}
+    if item.get_closest_marker("triton") and importlib.util.find_spec("triton") is None:
+        missing["triton"] = "triton is not installed"
+    if item.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            missing["cuda"] = "there is no NVIDIA GPU"
+    elif item.get_closest_marker("triton") and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton kernels are compiled for the GPU here, not interpreted")
+    for name, reason in missing.items():
+        if name in REQUIRED:
+            pytest.fail(f"{reason}, and SEGKERNELS_REQUIRE names {name}")
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fma_rounds_once():
+    """As it does in hardware. Triton's interpreter rounds the product too, before version 3.9."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = fma
 
 
 @pytest.fixture
@@ -9,3 +51,20 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gpu_driver(monkeypatch):
+    """backend="triton" of the linear forms goes the way of GPUs (tiles in the dtype of the hidden
+    states, their workspace), but with the compiled row kernels, which are faster than interpreted
+    ones by orders of magnitude."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(vocab, "kernels", lambda backend: native_vocab)
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """The host learns nothing from the device, as while a CUDA graph is captured."""
+    for module in (projection, linear_policy):
+        monkeypatch.setattr(module, "may_synchronise", lambda tensor: False)

@@ -1,30 +1,32 @@
-from itertools import accumulate
-
 import pytest
 import torch
+from backends import NATIVE, REFERENCE, TRITON, Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measure import multiplications, peak_bytes
 from tolerance import assert_close
-from torch.profiler import ProfilerActivity, profile
 
-import segkernels.linear
-from segkernels import linear_logprobs_and_entropy, logprobs_and_entropy
+from segkernels import linear_logprobs_and_entropy, logprobs_and_entropy, projection
 from segkernels.backend import BackendError
 from segkernels.linear import _linear_bwd, _linear_fwd
+from segkernels.projection import WORKSPACE
 
-BACKENDS = ("reference", "native")
+BACKENDS = (REFERENCE, NATIVE)
+DRIVERS = (NATIVE, Backend("triton"))  # with gpu_driver: the way of CPUs, the way of GPUs
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+WHERE = (WORKSPACE["native"], "native")
 NAN = float("nan")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+drivers = pytest.mark.parametrize("backend", DRIVERS)
 storage = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 
 @pytest.fixture
 def small_buffers(monkeypatch):
     """Many token blocks and vocabulary slices, none of which divides its range."""
-    monkeypatch.setattr(segkernels.linear, "BUFFER", 4 * 16 * 13)
-    monkeypatch.setattr(segkernels.linear, "TILE", 4 * 13 * 7)
+    for backend in WORKSPACE:
+        monkeypatch.setitem(WORKSPACE, backend, 16 * 4 * 49)
 
 
 def generator(seed=0):
@@ -42,28 +44,33 @@ def draw(shape, vocab, size, dtype, seed=0):
 
 def run(backend, hidden, weight, bias, targets, temperature=1.0, mask=None, seed=0):
     """(logprobs, entropy, dhidden, dweight, dbias) with random upstream gradients."""
-    inputs = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    inputs = [t.detach().requires_grad_() for t in backend.place(hidden, weight, bias)]
+    targets, temperature, mask = backend.place(targets, temperature, mask)
     logprobs, entropy = linear_logprobs_and_entropy(
         inputs[0], inputs[1], targets, inputs[2], temperature, mask, backend=backend
     )
     up = torch.randn(2, *entropy.shape, generator=generator(seed), dtype=torch.float64)
-    up = up.to(entropy.dtype)
+    up = up.to(entropy)
     grads = torch.autograd.grad((logprobs, entropy), inputs, (up[0], up[1]))
-    return logprobs.detach(), entropy.detach(), *grads
+    return tuple(x.detach().cpu() for x in (logprobs, entropy, *grads))
 
 
-def check_against_reference(hidden, weight, bias, targets, temperature=1.0, mask=None, what=""):
-    inputs = (hidden, weight, bias)
-    double = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
-    kernel = run("native", *inputs, targets, temperature, mask)
-    baseline = run("reference", *inputs, targets, temperature, mask)
-    truth = run("reference", *(t.double() for t in inputs), targets, double, mask)
+def check_close(kernel, baseline, truth, inputs, what=""):
     names = ("logprobs", "entropy", "dhidden", "dweight", "dbias")
     for name, like, k, b, t in zip(
         names, (None, None, *inputs), kernel, baseline, truth, strict=True
     ):
         assert k.dtype == (torch.float32 if like is None else like.dtype)
         assert_close(k, b, t, f"{what} {name}")
+
+
+def check_against_reference(hidden, weight, bias, targets, temperature=1.0, mask=None, what=""):
+    inputs = (hidden, weight, bias)
+    double = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    kernel = run(NATIVE, *inputs, targets, temperature, mask)
+    baseline = run(REFERENCE, *inputs, targets, temperature, mask)
+    truth = run(REFERENCE, *(t.double() for t in inputs), targets, double, mask)
+    check_close(kernel, baseline, truth, inputs, what)
 
 
 @backends
@@ -98,6 +105,50 @@ def test_many_tiles(dtype, small_buffers):
     mask = torch.rand(4, 11, generator=generator(1)) < 0.7
     check_against_reference(*arguments, 0.7, what="tiles")
     check_against_reference(*arguments, 0.7, mask, what="tiles masked")
+
+
+def through_logits(hidden, weight, bias, targets, temperature, mask, seed=0):
+    """What ``run`` gives, from logits that a model computes in its own dtype."""
+    inputs = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    logits = torch.nn.functional.linear(*inputs)
+    logprobs, entropy = logprobs_and_entropy(
+        logits, targets, temperature, mask, backend="reference"
+    )
+    up = torch.randn(2, *entropy.shape, generator=generator(seed), dtype=torch.float64).float()
+    grads = torch.autograd.grad((logprobs, entropy), inputs, (up[0], up[1]))
+    return logprobs.detach(), entropy.detach(), *grads
+
+
+@storage
+@pytest.mark.parametrize("workspace", [16 * 2 * 200, None])
+@pytest.mark.parametrize("backend", TRITON)
+def test_triton_equals_the_form_from_logits(backend, dtype, workspace, monkeypatch):
+    """Held to the model's own rounding of logits and of their gradient."""
+    monkeypatch.setitem(WORKSPACE, "triton", workspace or WORKSPACE["triton"])
+    *inputs, targets = draw((4, 11), 100, 16, dtype)
+    mask = torch.rand(4, 11, generator=generator(1)) < 0.7
+    kernel = run(backend, *inputs, targets, 0.7, mask)
+    baseline = through_logits(*inputs, targets, 0.7, mask)
+    truth = run(REFERENCE, *(t.double() for t in inputs), targets, 0.7, mask)
+    check_close(kernel, baseline, truth, inputs)
+
+
+@storage
+@drivers
+def test_no_host_synchronisation(backend, dtype, gpu_driver, capturing, small_buffers):
+    """Rows that cannot be left out are passed over: whatever stands there shows nowhere."""
+    hidden, weight, bias, targets = draw((6, 9), 40, 16, dtype)
+    mask = torch.rand(6, 9, generator=generator(2)) < 0.6
+    poisoned = hidden.masked_fill(~mask[..., None], NAN)
+    impossible = targets.masked_fill(~mask, 10**12)
+    for x in (poisoned, torch.cat([poisoned, poisoned[:, :1]], 1)[:, :-1]):
+        got = run(backend, x, weight, bias, impossible, 0.8, mask)
+        with pytest.MonkeyPatch.context() as ordinary:
+            ordinary.setattr(projection, "may_synchronise", lambda tensor: True)
+            expected = run(backend, x, weight, bias, impossible, 0.8, mask)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert (got[2][~mask] == 0).all()
 
 
 @st.composite
@@ -175,14 +226,16 @@ def test_rows_without_upstream_gradient_take_no_part():
     """Their hidden states are destroyed between the passes; every gradient stays a number."""
     hidden, weight, bias, targets = draw((8,), 30, 16, torch.float32)
     targets[0] = -100
-    _, entropy, stats = _linear_fwd(hidden, weight, targets, bias, 1.0, None, None)
+    _, entropy, stats = _linear_fwd(hidden, weight, targets, bias, 1.0, None, None, *WHERE)
     up = torch.zeros_like(entropy)
     up[[0, 3]] = 2.0
     expected = _linear_bwd(
-        hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True
+        hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True, *WHERE
     )
     hidden[torch.arange(8) != 3] = NAN
-    got = _linear_bwd(hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True)
+    got = _linear_bwd(
+        hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True, *WHERE
+    )
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
     assert (got[0][torch.arange(8) != 3] == 0).all()
@@ -251,16 +304,16 @@ def test_gradcheck_of_the_reference():
 @storage
 def test_threads_and_reruns_are_bitwise_equal(dtype, two_threads):
     arguments = draw((60,), 700, 16, dtype)
-    first = run("native", *arguments)
-    for a, b in zip(run("native", *arguments), first, strict=True):
+    first = run(NATIVE, *arguments)
+    for a, b in zip(run(NATIVE, *arguments), first, strict=True):
         assert torch.equal(a, b)
 
 
 def test_bf16_autocast_changes_nothing():
     arguments = draw((9,), 40, 16, torch.float32)
-    plain = run("native", *arguments)
+    plain = run(NATIVE, *arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = run("native", *arguments)
+        inside = run(NATIVE, *arguments)
     for a, b in zip(plain, inside, strict=True):
         assert torch.equal(a, b)
 
@@ -270,15 +323,29 @@ def test_opcheck(masked):
     hidden, weight, bias, targets = draw((3, 4), 17, 8, torch.float32)
     mask = torch.rand(3, 4, generator=generator()) < 0.5 if masked else None
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
-    torch.library.opcheck(_linear_fwd, (inputs[0], inputs[1], targets, inputs[2], 0.7, None, mask))
-    torch.library.opcheck(_linear_fwd, (inputs[0], inputs[1], None, None, 0.7, None, mask))
+    torch.library.opcheck(
+        _linear_fwd, (inputs[0], inputs[1], targets, inputs[2], 0.7, None, mask, *WHERE)
+    )
+    torch.library.opcheck(_linear_fwd, (inputs[0], inputs[1], None, None, 0.7, None, mask, *WHERE))
     detached = [t.detach() for t in inputs]
-    stats = _linear_fwd(detached[0], detached[1], targets, detached[2], 0.7, None, mask)[2]
+    stats = _linear_fwd(detached[0], detached[1], targets, detached[2], 0.7, None, mask, *WHERE)[2]
     up = torch.randn(3, 4, generator=generator())
     for needs in ((True, True, True), (False, True, False)):
         torch.library.opcheck(
             _linear_bwd,
-            (detached[0], detached[1], targets, detached[2], 0.7, None, stats, up, None, *needs),
+            (
+                detached[0],
+                detached[1],
+                targets,
+                detached[2],
+                0.7,
+                None,
+                stats,
+                up,
+                None,
+                *needs,
+                *WHERE,
+            ),
         )
 
 
@@ -300,35 +367,109 @@ def test_compiles_in_one_graph():
         assert torch.equal(a, b)
 
 
-def peak_bytes(function):
-    """Most bytes of tensors that were alive at once, beyond those alive before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = function()
-    events = profiled.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(accumulate(n for _, n in changes)), result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("workspace", [None, 8 << 20])
+@drivers
 @pytest.mark.parametrize(("tokens", "size", "vocab"), [(1500, 64, 40_000), (600, 4096, 2000)])
-def test_extra_memory_is_bounded(tokens, size, vocab, dtype):
-    """Forward and backward stay below 64 MiB, the gradients apart; 1,500 rows of 40,000 logits
-    would have 240 MB."""
+def test_extra_memory_is_bounded(tokens, size, vocab, backend, workspace, dtype, gpu_driver):
+    """Forward and backward stay within the workspace, the gradients apart; 1,500 rows of 40,000
+    logits would have 240 MB. (What Triton computes with is float32 here: torch converts
+    half-precision operands on CPUs, and not on GPUs.)"""
     hidden, weight, _, targets = draw((tokens,), vocab, size, dtype)
+    hidden = hidden.float() if backend == "triton" else hidden
     inputs = (hidden.requires_grad_(), weight.requires_grad_())
     mask = torch.rand(tokens, generator=generator()) < 0.9
 
     def both_passes():
         logprobs, entropy = linear_logprobs_and_entropy(
-            *inputs, targets, mask=mask, backend="native"
+            *inputs, targets, mask=mask, workspace=workspace, backend=backend
         )
         return torch.autograd.grad((logprobs - entropy).sum(), inputs)
 
     peak, grads = peak_bytes(both_passes)
     gradients = sum(g.nbytes for g in grads)
-    if dtype != torch.float32:
+    if hidden.dtype != torch.float32:
         gradients += 4 * hidden.numel()  # the sum of half-precision dhidden
-    assert gradients < peak < gradients + 2**26
+    assert gradients < peak < gradients + (workspace or WORKSPACE[backend])
+
+
+GPU = pytest.mark.parametrize("backend", TRITON[1:])
+
+
+@GPU
+def test_memory_on_a_gpu(backend):
+    *inputs, targets = backend.place(*draw((3000,), 100_000, 512, torch.bfloat16))
+    inputs = [t.requires_grad_() for t in inputs]
+
+    def both_passes():
+        logprobs, entropy = linear_logprobs_and_entropy(
+            inputs[0], inputs[1], targets, inputs[2], workspace=64 << 20, backend=backend
+        )
+        return torch.autograd.grad((logprobs - entropy).sum(), inputs)
+
+    both_passes()  # the products' own workspace is allocated once
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = both_passes()
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients = sum(g.nbytes for g in grads) + 4 * inputs[0].numel()
+    assert gradients < peak < gradients + (64 << 20)
+
+
+@GPU
+def test_without_a_mask_the_host_never_waits_forward(backend):
+    hidden, weight, bias, targets = backend.place(*draw((40,), 500, 64, torch.bfloat16))
+    linear_logprobs_and_entropy(hidden, weight, targets, bias, backend=backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_logprobs_and_entropy(hidden, weight, targets, bias, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+def test_cuda_graph(backend):
+    hidden, weight, bias, targets = draw((40,), 500, 64, torch.bfloat16)
+    mask = torch.arange(40) % 3 > 0
+    expected = run(backend, hidden, weight, bias, targets, 0.8, mask)
+    inputs = [t.requires_grad_() for t in backend.place(hidden * 0, weight, bias)]
+    targets, mask = backend.place(targets, mask)
+    up = torch.randn(2, 40, generator=generator(), dtype=torch.float64).float().cuda()
+
+    def both_passes():
+        stats = linear_logprobs_and_entropy(
+            inputs[0], inputs[1], targets, inputs[2], 0.8, mask, backend=backend
+        )
+        return *stats, *torch.autograd.grad(stats, inputs, (up[0], up[1]))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both_passes()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both_passes()
+    with torch.no_grad():
+        inputs[0].copy_(hidden)
+    graph.replay()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b)
+
+
+def test_masked_rows_and_rows_without_gradient_cost_no_product():
+    hidden, weight, bias, targets = draw((40,), 50, 8, torch.float32)
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    mask = torch.arange(40) % 4 > 0  # 30 rows
+    up = (torch.arange(40) % 5 == 0).float()  # 6 of them
+    product = 50 * 8
+
+    def forward():
+        return linear_logprobs_and_entropy(*inputs[:2], targets, bias, mask=mask)
+
+    cost, (logprobs, _) = multiplications(forward)
+    assert cost == 30 * product
+    cost, _ = multiplications(lambda: torch.autograd.grad(logprobs, inputs, up))
+    assert cost == 3 * 6 * product
 
 
 HIDDEN, WEIGHT = torch.zeros(2, 3, 4), torch.zeros(5, 4)
@@ -379,6 +520,7 @@ TARGETS = torch.zeros(2, 3, dtype=torch.long)
             r"targets: expected token ids in \[0, 5\) or -100, got 5 at \[0, 0\]; ",
         ),
         ({"temperature": -1.0}, ValueError, "temperature: expected a positive finite number"),
+        ({"workspace": 0}, ValueError, "workspace: expected a positive number of bytes, got 0; "),
         (
             {"mask": torch.ones(3, dtype=torch.bool)},
             ValueError,

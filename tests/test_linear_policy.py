@@ -2,22 +2,33 @@ import math
 
 import pytest
 import torch
+from backends import NATIVE, REFERENCE, TRITON, Backend
 from hypothesis import given, settings
 from layouts import CASES, Case, cases
+from measure import multiplications, peak_bytes
+from tolerance import assert_close
 
+import segkernels.linear_policy
 from segkernels import (
     PolicyLoss,
     linear_logprobs_and_entropy,
     linear_policy_loss,
+    logprobs_and_entropy,
     policy_loss,
 )
+from segkernels.layout import layout_of
+from segkernels.linear_policy import _policy_bwd, _policy_fwd
+from segkernels.projection import WORKSPACE
+from segkernels.reference.linear_policy import policy_terms
 
-BACKENDS = ("reference", "native")
+BACKENDS = (REFERENCE, NATIVE)
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 VOCAB, SIZE = 13, 6
 NAN = float("nan")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+# With gpu_driver: the way of CPUs and the way of GPUs.
+drivers = pytest.mark.parametrize("backend", [NATIVE, Backend("triton")])
 aggregations = pytest.mark.parametrize("aggregation", AGGREGATIONS)
 SMALL = {name: case for name, case in CASES.items() if name != "giant"}
 case_names = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
@@ -161,25 +172,354 @@ def test_padded_equals_packed(case, aggregation, backend):
     torch.testing.assert_close(padded.approx_kl, flat.approx_kl)
 
 
+def run(backend, tokens, params, upstream=1.0, **options):
+    """(loss, logprobs, entropy, clip_fraction, approx_kl, dhidden, dweight, dbias)."""
+    inputs = {**tokens, **params, **OPTIONS, **options}
+    inputs = dict(zip(inputs, backend.place(*inputs.values()), strict=True))
+    wanted = [inputs[name].detach().clone() for name in ("hidden", *params)]
+    inputs.update(zip(("hidden", *params), (t.requires_grad_() for t in wanted), strict=True))
+    got = linear_policy_loss(**inputs, backend=backend)
+    assert isinstance(got, PolicyLoss)
+    assert [x.requires_grad for x in got] == [True, False, False, False, False]
+    grads = torch.autograd.grad(got.loss * upstream, wanted)
+    return tuple(x.detach().cpu() for x in (*got, *grads))
+
+
+def through_logits(tokens, params, upstream=1.0, cu_seqlens=None, aggregation="token-mean"):
+    """What ``run`` gives, from logits that a model computes in its own dtype."""
+    wanted = [t.detach().clone().requires_grad_() for t in (tokens["hidden"], *params.values())]
+    mask = tokens["mask"]
+    layout = layout_of("mask", mask, cu_seqlens)
+    logits = torch.nn.functional.linear(*wanted)
+    stats = logprobs_and_entropy(
+        logits, tokens["targets"], OPTIONS["temperature"], mask, backend="reference"
+    )
+    near = (tokens[name] for name in ("old_logprobs", "advantages", "ref_logprobs"))
+    coefficients = (0.2, OPTIONS["kl_coef"], OPTIONS["entropy_coef"])
+    loss, clip_fraction, approx_kl = policy_terms(
+        *stats, *near, mask, layout, *coefficients, aggregation
+    )
+    grads = torch.autograd.grad(loss * upstream, wanted)
+    return *(x.detach() for x in (loss, *stats, clip_fraction, approx_kl)), *grads
+
+
+def doubles(inputs):
+    return {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+
+
+NAMES = (*PolicyLoss._fields, "dhidden", "dweight", "dbias")
+
+
+def check_close(kernel, baseline, truth):
+    for name, k, b, t in zip(NAMES, kernel, baseline, truth, strict=True):
+        if k.dim():
+            assert_close(k, b, t, name)
+        else:  # sums whose terms cancel: the baseline may be right by chance
+            torch.testing.assert_close(k, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+CHUNKS = 12_000  # bytes of a workspace with some forty rows of float32 logits
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+workspaces = pytest.mark.parametrize("workspace", [None, CHUNKS])
+
+
+@dtypes
+@workspaces
+@aggregations
+@case_names
+def test_native_equals_reference(case, aggregation, workspace, dtype):
+    tokens, params = draw(case, dtype)
+    common = {"upstream": -3.0, "cu_seqlens": case.cu_seqlens, "aggregation": aggregation}
+    kernel = run(NATIVE, tokens, params, workspace=workspace, **common)
+    baseline = run(REFERENCE, tokens, params, **common)
+    check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(params), **common))
+    assert (kernel[5][~case.mask] == 0).all()
+
+
+@dtypes
+@workspaces
+@pytest.mark.parametrize("case", ["holes", "lengths"])
+def test_in_the_dtype_of_the_hidden_states(case, workspace, dtype, gpu_driver):
+    """As on GPUs: held to the model's own rounding of logits and of their gradient."""
+    case = CASES[case]
+    tokens, params = draw(case, dtype)
+    common = {"upstream": 2.0, "cu_seqlens": case.cu_seqlens}
+    kernel = run(Backend("triton"), tokens, params, workspace=workspace, **common)
+    readable = {**tokens, "hidden": tokens["hidden"].nan_to_num()}
+    baseline = through_logits(readable, params, **common)
+    check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(params), **common))
+
+
+@dtypes
+@pytest.mark.parametrize("backend", TRITON)
+def test_triton_equals_the_form_from_logits(backend, dtype):
+    case = CASES["response"]
+    tokens, params = draw(case, dtype)
+    common = {"upstream": 2.0, "cu_seqlens": case.cu_seqlens}
+    two_chunks = CHUNKS * dtype.itemsize // 4
+    kernel = run(backend, tokens, params, workspace=two_chunks, **common)
+    readable = {**tokens, "hidden": tokens["hidden"].nan_to_num()}
+    baseline = through_logits(readable, params, **common)
+    check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(params), **common))
+
+
+@drivers
+@pytest.mark.parametrize(
+    ("dtype", "other"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_mixed_dtypes(backend, dtype, other, gpu_driver):
+    case = CASES["lengths"]
+    tokens, params = draw(case, dtype)
+    common = {"cu_seqlens": case.cu_seqlens}
+    mixed = {**params, "weight": params["weight"].to(other)}
+    kernel = run(backend, tokens, mixed, workspace=CHUNKS, **common)
+    assert [x.dtype for x in kernel[5:]] == [dtype, other, dtype]
+    if backend == NATIVE:
+        baseline = run(REFERENCE, tokens, mixed, **common)
+    else:
+        readable = {**tokens, "hidden": tokens["hidden"].nan_to_num()}
+        like_hidden = {name: p.to(dtype) for name, p in mixed.items()}
+        baseline = through_logits(readable, like_hidden, **common)
+    check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(mixed), **common))
+
+
 @backends
-def test_gradients(backend):
-    """fp32 against the fp64 reference; only the loss carries one."""
+def test_grid_with_a_temperature_per_token(backend):
     case = CASES["holes"]
-    grads = []
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        tokens, params = draw(case)
-        tokens = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tokens.items()}
-        params = {k: v.to(dtype).requires_grad_() for k, v in params.items()}
-        tokens["hidden"].requires_grad_()
-        got = linear_policy_loss(
-            **tokens, **params, cu_seqlens=case.cu_seqlens, backend=name, **OPTIONS
-        )
-        assert isinstance(got, PolicyLoss)
-        assert [x.requires_grad for x in got] == [True, False, False, False, False]
-        grads.append(torch.autograd.grad(got.loss, (tokens["hidden"], *params.values())))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
-    assert (grads[0][0][~case.mask] == 0).all()
+    tokens, params = draw(case)
+    g = torch.Generator().manual_seed(5)
+    temperature = (torch.rand(case.n_tokens, generator=g) + 0.5).masked_fill(~case.mask, NAN)
+    flat = run(
+        backend,
+        tokens,
+        params,
+        cu_seqlens=case.cu_seqlens,
+        temperature=temperature,
+        workspace=CHUNKS,
+    )
+    grid = {
+        name: case.grid(values, NAN)
+        for name, values in {**tokens, "temperature": temperature}.items()
+        if name not in ("hidden", "targets", "mask")
+    }
+    columns = [case.grid(column.contiguous(), NAN) for column in tokens["hidden"].unbind(-1)]
+    grid["hidden"] = torch.stack(columns, -1)
+    grid["targets"] = case.grid(tokens["targets"], 10**9)
+    grid["mask"] = case.grid(case.mask, False)
+    temperature = grid.pop("temperature")
+    padded = run(backend, grid, params, temperature=temperature, workspace=CHUNKS)
+    for name, a, b in zip(NAMES, padded, flat, strict=True):
+        if name in ("logprobs", "entropy"):
+            a = case.flat(a)
+        if name == "dhidden":
+            a = torch.stack([case.flat(column) for column in a.unbind(-1)], -1)
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@backends
+@pytest.mark.parametrize("needs", ["hidden", "weight", "bias"])
+@workspaces
+def test_partial_gradients(backend, needs, workspace):
+    case = CASES["lengths"]
+    tokens, params = draw(case, torch.bfloat16)
+    common = {"cu_seqlens": case.cu_seqlens, "workspace": workspace}
+    everything = dict(
+        zip(("hidden", "weight", "bias"), run(backend, tokens, params, **common)[5:], strict=True)
+    )
+    inputs = {**tokens, **params}
+    inputs[needs] = inputs[needs].clone().requires_grad_()
+    linear_policy_loss(**inputs, **common, **OPTIONS, backend=backend).loss.backward()
+    assert torch.equal(inputs[needs].grad, everything[needs])
+    assert [n for n, t in inputs.items() if t.requires_grad] == [needs]
+
+
+@workspaces
+@drivers
+def test_no_host_synchronisation(backend, workspace, gpu_driver, capturing):
+    case = CASES["lengths"]
+    tokens, params = draw(case)
+    common = {"cu_seqlens": case.cu_seqlens, "workspace": workspace}
+    got = run(backend, tokens, params, **common)
+    for a, b in zip(got, run(REFERENCE, tokens, params, **common), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert (got[5][~case.mask] == 0).all()
+
+
+def clipped_inputs(share):
+    """96 tokens; a share of them has a ratio that clipping holds, the others have an advantage."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(96, SIZE, generator=g)
+    weight = torch.randn(VOCAB, SIZE, generator=g)
+    targets = torch.randint(0, VOCAB, (96,), generator=g)
+    mask = torch.arange(96) % 3 > 0  # 64 tokens
+    old, _ = linear_logprobs_and_entropy(hidden, weight, targets)
+    held = mask & (mask.cumsum(0) <= share * 64)
+    old = old - held.float()
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets, "mask": mask}
+    return {**tensors, "old_logprobs": old, "advantages": torch.ones(96)}, held
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+@workspaces
+def test_clipped_and_masked_rows_cost_no_product(share, workspace):
+    inputs, held = clipped_inputs(share)
+    wanted = [inputs[name].requires_grad_() for name in ("hidden", "weight")]
+    call = lambda: linear_policy_loss(  # noqa: E731
+        **inputs, cu_seqlens=torch.tensor([0, 96]), workspace=workspace
+    )
+    cost, got = multiplications(call)
+    assert got.clip_fraction == share
+    product = SIZE * VOCAB
+    assert cost == 64 * product + 2 * (64 - int(held.sum())) * product
+    cost, (dhidden, dweight) = multiplications(lambda: torch.autograd.grad(got.loss, wanted))
+    assert cost == 0
+    gets_some = inputs["mask"] & ~held
+    assert torch.equal((dhidden != 0).any(1), gets_some)
+    assert (dweight != 0).any() == gets_some.any()
+    with torch.no_grad():
+        assert multiplications(call)[0] == 64 * product
+    advantages = inputs["advantages"].zero_()
+    assert multiplications(call)[0] == 64 * product
+    assert (advantages == 0).all()
+
+
+def test_differentiated_twice_and_scaled():
+    case = CASES["holes"]
+    tokens, params = draw(case)
+    wanted = [tokens["hidden"].requires_grad_(), params["weight"].requires_grad_()]
+    loss = linear_policy_loss(**tokens, **params, cu_seqlens=case.cu_seqlens, **OPTIONS).loss
+    once = torch.autograd.grad(loss, wanted, retain_graph=True)
+    first = [g.clone() for g in once]
+    scaled = torch.autograd.grad(loss, wanted, torch.tensor(-4.0), retain_graph=True)
+    again = torch.autograd.grad(loss, wanted)
+    for a, b, c, d in zip(once, first, scaled, again, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(b * -4, c)
+        assert torch.equal(b, d)
+
+
+def test_second_derivative_is_refused():
+    case = CASES["two tokens"]
+    tokens, params = draw(case)
+    hidden = tokens["hidden"].requires_grad_()
+    loss = linear_policy_loss(**tokens, **params, cu_seqlens=case.cu_seqlens, **OPTIONS).loss
+    (slope,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_policy_loss_bwd"):
+        slope.sum().backward()
+
+
+def test_many_chunks_do_not_round_a_half_precision_gradient_as_often(monkeypatch):
+    """Chunks of one row would round it 1,500 times; slices of the vocabulary round it once."""
+    case = CASES["lengths"]
+    tokens, params = draw(case, torch.bfloat16)
+    common = {"cu_seqlens": case.cu_seqlens, "aggregation": "seq-mean-token-sum"}
+    truth = run(REFERENCE, doubles(tokens), doubles(params), **common)[6]
+    baseline = run(REFERENCE, tokens, params, **common)[6]
+    assert_close(run(NATIVE, tokens, params, workspace=600, **common)[6], baseline, truth)
+    monkeypatch.setattr(segkernels.linear_policy, "MOST_ROUNDINGS", 10**6)
+    monkeypatch.setattr(segkernels.linear_policy, "FEWEST_ROWS", 1)
+    rounded = run(NATIVE, tokens, params, workspace=600, **common)[6]
+    with pytest.raises(AssertionError, match="error"):
+        assert_close(rounded, baseline, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("workspace", [None, 8 << 20])
+@drivers
+def test_extra_memory_is_bounded(backend, workspace, dtype, gpu_driver):
+    """1,500 rows of 20,000 logits would have 120 MB; the gradients are held twice for a moment."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1500, 64, generator=g).to(dtype)
+    hidden = (hidden.float() if backend == "triton" else hidden).requires_grad_()
+    weight = (torch.randn(20_000, 64, generator=g) * 0.1).to(dtype).requires_grad_()
+    tokens = {
+        "targets": torch.randint(0, 20_000, (1500,), generator=g),
+        "old_logprobs": torch.full((1500,), -9.0),
+        "advantages": torch.randn(1500, generator=g),
+        "mask": torch.rand(1500, generator=g) < 0.9,
+        "cu_seqlens": torch.tensor([0, 1500]),
+    }
+
+    def both_passes():
+        loss = linear_policy_loss(
+            hidden, weight, **tokens, workspace=workspace, backend=backend
+        ).loss
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    peak, grads = peak_bytes(both_passes)
+    gradients = sum(g.nbytes for g in grads)
+    assert gradients < peak < gradients + max(gradients, workspace or WORKSPACE[backend])
+
+
+@pytest.mark.parametrize("backend", TRITON[1:])
+def test_cuda_graph(backend):
+    case = CASES["response"]
+    tokens, params = draw(case, torch.bfloat16)
+    common = {"cu_seqlens": case.cu_seqlens, "workspace": CHUNKS // 2}
+    expected = run(backend, tokens, params, **common)
+    inputs = {**tokens, **params, **OPTIONS, **common}
+    inputs = dict(zip(inputs, backend.place(*inputs.values()), strict=True))
+    inputs["hidden"].nan_to_num_()
+    wanted = [inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    advantages = inputs["advantages"].clone()
+    inputs["advantages"].zero_()
+
+    def both_passes():
+        got = linear_policy_loss(**inputs, backend=backend)
+        return *got, *torch.autograd.grad(got.loss, wanted)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both_passes()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both_passes()
+    inputs["advantages"].copy_(advantages)
+    graph.replay()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b)
+
+
+def op_arguments(case, dtype=torch.float32, needs=(True, True, True), workspace=CHUNKS):
+    tokens, params = draw(case, dtype)
+    floats = [tokens["hidden"], params["weight"], params["bias"]]
+    floats = [t.requires_grad_(need) for t, need in zip(floats, needs, strict=True)]
+    rest = (tokens[n] for n in ("targets", "old_logprobs", "advantages", "ref_logprobs", "mask"))
+    options = (0.9, None, 0.2, 0.1, 0.05, "seq-mean-token-mean")
+    return (*floats, *rest, case.cu_seqlens, *options, *needs, workspace, "native")
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
+def test_opcheck(needs):
+    arguments = op_arguments(CASES["holes"], needs=needs)
+    torch.library.opcheck(_policy_fwd, arguments)
+    inputs = [t.detach() for t in arguments[:3]]
+    gradients = _policy_fwd(*inputs, *arguments[3:])[5:]
+    torch.library.opcheck(_policy_bwd, (torch.tensor(2.0), *inputs, *gradients))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_compiles_in_one_graph(dtype):
+    case = CASES["holes"]
+    tokens, params = draw(case, dtype)
+    hidden = tokens.pop("hidden").masked_fill(~case.mask[:, None], 0)
+    cu_seqlens = case.cu_seqlens
+
+    def loss(h, w, b):
+        got = linear_policy_loss(h * 2, w, **tokens, bias=b, cu_seqlens=cu_seqlens, **OPTIONS)
+        return got.loss * 3, got.approx_kl
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        inputs = [t.detach().clone().requires_grad_() for t in (hidden, *params.values())]
+        value, approx_kl = function(*inputs)
+        results.append((value, approx_kl, *torch.autograd.grad(value, inputs)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_gradcheck():
@@ -240,6 +580,7 @@ TOKENS = torch.zeros(2, 3)
             r"targets: expected token ids at action tokens, got -100 at \[0, 0\]; "
             "set the mask to False there",
         ),
+        ({"workspace": -1}, ValueError, "workspace: expected a positive number of bytes, got -1; "),
         ({"clip": 0.0}, ValueError, "clip: expected a positive number, got 0.0; "),
         ({"aggregation": "mean"}, ValueError, "aggregation: expected one of token-mean, "),
         ({"targets": TOKENS[0].long()}, ValueError, r"targets: expected shape \[rows, tokens\]"),

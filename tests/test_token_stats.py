@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backends import NATIVE, REFERENCE, TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
@@ -16,17 +17,29 @@ from segkernels import entropy_from_logits, logprobs_and_entropy, native
 from segkernels.backend import BackendError
 from segkernels.token_stats import _token_stats_bwd, _token_stats_fwd
 
-BACKENDS = ("reference", "native")
+KERNELS = (NATIVE, *TRITON)
+BACKENDS = (REFERENCE, *KERNELS)
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
-VOCABS = (1, 2, 3, 31, 33, 1000, 32064)
+VOCABS = (1, 2, 3, 31, 33, 1023, 1025, 5000, 32064)
 NAN, INF = float("nan"), float("inf")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+kernels = pytest.mark.parametrize("backend", KERNELS)
 storage = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def stats_of(backend, logits, targets, temperature=1.0, mask=None):
+    """(logprobs, entropy) on the CPU, wherever the backend computes them."""
+    arguments = backend.place(logits, targets, temperature, mask)
+    return [x.cpu() for x in logprobs_and_entropy(*arguments, backend=backend)]
+
+
+def entropy_of(backend, logits):
+    return entropy_from_logits(*backend.place(logits), backend=backend).cpu()
 
 
 def naive(row, target, temperature):
@@ -49,7 +62,7 @@ def test_token_by_token(backend, temperature):
     logits[1, 2] = logits[1, 5] = -INF
     targets = torch.tensor([0, 3, 6, 2])
     logits.requires_grad_()
-    logprobs, entropy = logprobs_and_entropy(logits, targets, temperature, backend=backend)
+    logprobs, entropy = stats_of(backend, logits, targets, temperature)
     (dlogprobs,) = torch.autograd.grad(logprobs.sum(), logits, retain_graph=True)
     (dentropy,) = torch.autograd.grad(entropy.sum(), logits)
     for n, row in enumerate(logits.tolist()):
@@ -63,18 +76,18 @@ def test_token_by_token(backend, temperature):
 def run(backend, logits, targets, temperature=1.0, mask=None, seed=0):
     """(logprobs, entropy, dlogits) with random upstream gradients."""
     logits = logits.detach().clone().requires_grad_()
-    logprobs, entropy = logprobs_and_entropy(logits, targets, temperature, mask, backend=backend)
+    logprobs, entropy = stats_of(backend, logits, targets, temperature, mask)
     up = torch.randn(2, *entropy.shape, generator=generator(seed), dtype=torch.float64)
     up = up.to(entropy.dtype)
     (dlogits,) = torch.autograd.grad((logprobs, entropy), logits, (up[0], up[1]))
     return logprobs.detach(), entropy.detach(), dlogits
 
 
-def check_against_reference(logits, targets, temperature=1.0, mask=None, what=""):
+def check_against_reference(backend, logits, targets, temperature=1.0, mask=None, what=""):
     double = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
-    kernel = run("native", logits, targets, temperature, mask)
-    baseline = run("reference", logits, targets, temperature, mask)
-    truth = run("reference", logits.double(), targets, double, mask)
+    kernel = run(backend, logits, targets, temperature, mask)
+    baseline = run(REFERENCE, logits, targets, temperature, mask)
+    truth = run(REFERENCE, logits.double(), targets, double, mask)
     assert kernel[2].dtype == logits.dtype
     assert kernel[0].dtype == kernel[1].dtype == torch.float32
     for name, k, b, t in zip(
@@ -88,18 +101,20 @@ def draw(rows, vocab, dtype, scale=3.0, seed=0):
     return logits, torch.randint(0, vocab, (rows,), generator=generator(seed + 1))
 
 
-def check_random(dtype, vocab, rows=5):
+def check_random(backend, dtype, vocab):
+    rows = 5 if vocab < 10_000 else 2
     logits, targets = draw(rows, vocab, dtype)
     temperatures = torch.rand(rows, generator=generator(3)) + 0.5
-    check_against_reference(logits, targets, what=f"{dtype} {vocab}")
-    check_against_reference(logits, targets, 0.7, what=f"{dtype} {vocab} at 0.7")
-    check_against_reference(logits, targets, temperatures, what=f"{dtype} {vocab} per row")
+    check_against_reference(backend, logits, targets, what=f"{dtype} {vocab}")
+    check_against_reference(backend, logits, targets, 0.7, what=f"{dtype} {vocab} at 0.7")
+    check_against_reference(backend, logits, targets, temperatures, what=f"{dtype} {vocab} per row")
 
 
+@kernels
 @storage
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_native_equals_reference(dtype, vocab):
-    check_random(dtype, vocab)
+def test_kernels_equal_reference(backend, dtype, vocab):
+    check_random(backend, dtype, vocab)
 
 
 def hard_rows(dtype, vocab=1000):
@@ -128,16 +143,17 @@ def hard_rows(dtype, vocab=1000):
     return {name: row.to(dtype) for name, row in rows.items()}
 
 
-def check_hard(dtype):
+def check_hard(backend, dtype):
     for name, row in hard_rows(dtype).items():
         targets = torch.tensor([int(row.double().argmax())])
-        check_against_reference(row[None], targets, what=f"{dtype} {name}")
-        check_against_reference(row[None], targets, 0.5, what=f"{dtype} {name} at 0.5")
+        check_against_reference(backend, row[None], targets, what=f"{dtype} {name}")
+        check_against_reference(backend, row[None], targets, 0.5, what=f"{dtype} {name} at 0.5")
 
 
+@kernels
 @storage
-def test_hard_rows(dtype):
-    check_hard(dtype)
+def test_hard_rows(backend, dtype):
+    check_hard(backend, dtype)
 
 
 @backends
@@ -145,9 +161,7 @@ def test_hard_rows(dtype):
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_equal_logits_give_log_vocab(backend, dtype, vocab):
     logits = torch.tensor([-3e4, -1.0, 0.0, 2.0]).to(dtype)[:, None].expand(4, vocab)
-    logprobs, entropy = logprobs_and_entropy(
-        logits, torch.zeros(4, dtype=torch.long), backend=backend
-    )
+    logprobs, entropy = stats_of(backend, logits, torch.zeros(4, dtype=torch.long))
     log_vocab = torch.tensor(math.log(vocab), dtype=torch.float32)
     torch.testing.assert_close(entropy, log_vocab.expand(4), rtol=1.2e-7, atol=0)
     torch.testing.assert_close(logprobs, -log_vocab.expand(4), rtol=1.2e-7, atol=0)
@@ -191,18 +205,19 @@ def test_no_distribution_gives_nan(backend, dtype, place):
     assert dlogits[3].isfinite().all()
 
 
-def test_every_nan_stays_nan():
+@kernels
+def test_every_nan_stays_nan(backend):
     bits = torch.tensor([0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32)
     logits = torch.zeros(5, 40)
     logits[:, 33] = bits.view(torch.float32)
-    assert entropy_from_logits(logits, backend="native").isnan().all()
+    assert entropy_of(backend, logits).isnan().all()
 
 
 @backends
 def test_masked_rows_are_transparent(backend):
-    logits, targets = draw(64, 100, torch.float32)
-    mask = torch.rand(64, generator=generator(2)) < 0.6
-    temperatures = torch.rand(64, generator=generator(3)) + 0.5
+    logits, targets = draw(20, 100, torch.float32)
+    mask = torch.rand(20, generator=generator(2)) < 0.6
+    temperatures = torch.rand(20, generator=generator(3)) + 0.5
     poisoned = logits.masked_fill(~mask[:, None], NAN)
     garbage = targets.masked_fill(~mask, 10**12)
     hot = temperatures.masked_fill(~mask, NAN)
@@ -222,22 +237,23 @@ def test_ignored_targets(backend):
     logits, targets = draw(6, 50, torch.float32)
     targets[::2] = -100
     logits.requires_grad_()
-    logprobs, entropy = logprobs_and_entropy(logits, targets, backend=backend)
+    logprobs, entropy = stats_of(backend, logits, targets)
     assert (logprobs[::2] == 0).all()
-    assert torch.equal(entropy, entropy_from_logits(logits, backend=backend))
+    assert torch.equal(entropy, entropy_of(backend, logits))
     (dlogits,) = torch.autograd.grad(logprobs.sum(), logits)
     assert (dlogits[::2] == 0).all()
     assert (dlogits[1::2] != 0).all()
 
 
-def test_rows_without_upstream_gradient_are_not_read():
+@kernels
+def test_rows_without_upstream_gradient_are_not_read(backend):
     """Their logits are destroyed between the passes; their gradient is 0, not NaN."""
-    logits, targets = draw(8, 50, torch.float32)
-    _, entropy, stats = _token_stats_fwd(logits, targets, 1.0, None, None, "native")
+    logits, targets = backend.place(*draw(8, 50, torch.float32))
+    _, entropy, stats = _token_stats_fwd(logits, targets, 1.0, None, None, backend)
     up = torch.zeros_like(entropy)
     up[3] = 2.0
     logits[torch.arange(8) != 3] = NAN
-    dlogits = _token_stats_bwd(logits, targets, 1.0, None, stats, None, up, "native")
+    dlogits = _token_stats_bwd(logits, targets, 1.0, None, stats, None, up, backend)
     assert (dlogits[3] != 0).all()
     dlogits[3] = 0
     assert (dlogits == 0).all()
@@ -248,9 +264,9 @@ def test_rows_without_upstream_gradient_are_not_read():
 def test_partial_gradients(backend, needs):
     logits, targets = draw(5, 33, torch.float64)
     grads = []
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+    for name, dtype in ((backend, torch.float32), (REFERENCE, torch.float64)):
         x = logits.to(dtype).requires_grad_()
-        outputs = logprobs_and_entropy(x, targets, backend=name)
+        outputs = stats_of(name, x, targets)
         grads.append(torch.autograd.grad(outputs[needs == "entropy"].sum(), x)[0])
     torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-5, atol=1e-6)
 
@@ -298,16 +314,26 @@ def views(draw_from):
     return logits, targets, mask
 
 
+def check_view(backend, case):
+    logits, targets, mask = case
+    got = stats_of(backend, logits, targets, 0.9, mask)
+    same = stats_of(backend, logits.contiguous(), targets, 0.9, mask)
+    assert torch.equal(got[0], same[0])
+    assert torch.equal(got[1], same[1])
+    check_against_reference(backend, logits, targets, 0.9, mask)
+
+
 @settings(max_examples=40, deadline=None)
 @given(views())
 def test_any_shape_and_stride(case):
-    logits, targets, mask = case
-    plain = logits.contiguous()
-    got = logprobs_and_entropy(logits, targets, 0.9, mask, backend="native")
-    same = logprobs_and_entropy(plain, targets, 0.9, mask, backend="native")
-    assert torch.equal(got[0], same[0])
-    assert torch.equal(got[1], same[1])
-    check_against_reference(logits, targets, 0.9, mask)
+    check_view(NATIVE, case)
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@settings(max_examples=6, deadline=None)
+@given(views())
+def test_any_shape_and_stride_in_triton(backend, case):
+    check_view(backend, case)
 
 
 def test_shifted_logits_are_not_copied():
@@ -333,21 +359,22 @@ def test_shifted_logits_are_not_copied():
 @storage
 def test_threads_and_reruns_are_bitwise_equal(dtype, two_threads):
     logits, targets = draw(97, 3001, dtype)
-    first = run("native", logits, targets, 0.8)
+    first = run(NATIVE, logits, targets, 0.8)
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        for a, b in zip(run("native", logits, targets, 0.8), first, strict=True):
+        for a, b in zip(run(NATIVE, logits, targets, 0.8), first, strict=True):
             assert torch.equal(a, b)
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
-    logits, targets = draw(20, 257, torch.float32)
-    order = torch.randperm(20, generator=generator(9))
-    up = torch.randn(20, generator=generator(10))
+@kernels
+def test_a_row_does_not_depend_on_its_neighbours(backend):
+    logits, targets = draw(9, 257, torch.float32)
+    order = torch.randperm(9, generator=generator(9))
+    up = torch.randn(9, generator=generator(10))
 
     def gradient(x, y, u):
         x = x.clone().requires_grad_()
-        logprobs, entropy = logprobs_and_entropy(x, y, backend="native")
+        logprobs, entropy = stats_of(backend, x, y)
         return logprobs, entropy, torch.autograd.grad((logprobs * u + entropy).sum(), x)[0]
 
     for a, b in zip(
@@ -419,12 +446,12 @@ def test_half_storage():
 def check_everything():
     """What must hold for every instruction set; run in a process of its own for each."""
     for dtype in STORAGE:
-        check_hard(dtype)
+        check_hard(NATIVE, dtype)
         for vocab in (3, 5000):
-            check_random(dtype, vocab)
+            check_random(NATIVE, dtype, vocab)
     check_half_storage()
     test_exp_over_the_whole_range()
-    test_every_nan_stays_nan()
+    test_every_nan_stays_nan(NATIVE)
     print(native.extension.build_info())
 
 

@@ -18,7 +18,6 @@ def policy_terms(
     ref_logprobs: Tensor | None,
     mask: Tensor,
     layout: Layout,
-    *,
     clip: float,
     kl_coef: float,
     entropy_coef: float,
@@ -30,16 +29,41 @@ def policy_terms(
     new, h, old, weights = (
         acts.take(x).to(dtype) for x in (logprobs, entropy, old_logprobs, advantages)
     )
-    terms = surrogate(new, old, weights, clip)
+    ref = None if ref_logprobs is None else acts.take(ref_logprobs).to(dtype)
+    terms = token_terms(new, old, weights, h, ref, clip, kl_coef, entropy_coef)
+    loss = aggregate(terms, acts, aggregation)
+    count = max(new.numel(), 1)
+    clip_fraction = clipped(new, old, weights, clip).to(dtype).sum() / count
+    return loss, clip_fraction, squared_log_ratio(new, old).sum() / count
+
+
+def token_terms(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    entropy: Tensor,
+    ref_logprobs: Tensor | None,
+    clip: float,
+    kl_coef: float,
+    entropy_coef: float,
+) -> Tensor:
+    """What each token adds to the loss, elementwise."""
+    terms = surrogate(logprobs, old_logprobs, advantages, clip)
     if kl_coef and ref_logprobs is not None:
-        q = new - acts.take(ref_logprobs).to(dtype)
+        q = logprobs - ref_logprobs
         terms = terms + kl_coef * (torch.expm1(-q) + q)
     if entropy_coef:
-        terms = terms - entropy_coef * h
-    loss = aggregate(terms, acts, aggregation)
+        terms = terms - entropy_coef * entropy
+    return terms
 
-    q = (new - old).detach()
+
+def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """Which tokens have the clipped form as the smaller one, and so no gradient from it."""
     low, high = log_ratio_bounds(clip)
-    clipped = ((weights > 0) & (q > high)) | ((weights < 0) & (q < low))
-    count = max(q.numel(), 1)
-    return loss, clipped.to(dtype).sum() / count, 0.5 * q.square().sum() / count
+    q = (logprobs - old_logprobs).detach()
+    return ((advantages > 0) & (q > high)) | ((advantages < 0) & (q < low))
+
+
+def squared_log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Half the square: its mean estimates the KL divergence of the two policies."""
+    return 0.5 * (logprobs - old_logprobs).detach().square()

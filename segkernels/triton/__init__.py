@@ -1,0 +1,1 @@
+"""Kernels in Triton, for NVIDIA GPUs. Imported when one of them runs, not before."""
