@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from backends import NATIVE, REFERENCE, TRITON
 from ranks import on_ranks, vocab_parallel
 from test_token_stats import draw, generator, hard_rows, run, storage
 from tolerance import assert_close
@@ -13,7 +14,7 @@ from segkernels import (
     vocab_shard_stats,
 )
 
-BACKENDS = ("reference", "native")
+BACKENDS = (REFERENCE, NATIVE)
 SPLITS = [(1000,), (300, 700), (0, 1000), (999, 0, 1), (1, 64, 935), (250, 250, 0, 500)]
 NAN, INF = float("nan"), float("inf")
 
@@ -32,8 +33,9 @@ def upstream(entropy, seed=0):
 
 def run_shards(backend, logits, targets, sizes, temperature=1.0, mask=None):
     """(logprobs, entropy, dlogits) by the building blocks, every shard's results being the same."""
-    shards = [x.detach().clone().requires_grad_() for x in logits.split(sizes, -1)]
-    rest = temperature, mask
+    shards = [x.detach().clone() for x in logits.split(sizes, -1)]
+    shards = [x.requires_grad_() for x in backend.place(*shards)]
+    targets, *rest = backend.place(targets, temperature, mask)
     states = torch.stack(
         [
             vocab_shard_stats(x, targets, start, *rest, backend=backend)
@@ -46,14 +48,14 @@ def run_shards(backend, logits, targets, sizes, temperature=1.0, mask=None):
         outputs = outputs or mine
         for a, b in zip(mine, outputs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-        grads += torch.autograd.grad(mine, x, upstream(mine[1]))
-    return outputs[0].detach(), outputs[1].detach(), torch.cat(grads, -1)
+        grads += torch.autograd.grad(mine, x, backend.place(*upstream(mine[1].cpu())))
+    return *(x.detach().cpu() for x in outputs), torch.cat(grads, -1).cpu()
 
 
 def assert_close_to_whole(got, logits, targets, temperature=1.0, mask=None, what=""):
     double = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
-    baseline = run("reference", logits, targets, temperature, mask)
-    truth = run("reference", logits.double(), targets, double, mask)
+    baseline = run(REFERENCE, logits, targets, temperature, mask)
+    truth = run(REFERENCE, logits.double(), targets, double, mask)
     assert got[0].dtype == got[1].dtype == torch.float32
     assert got[2].dtype == logits.dtype
     for name, k, b, t in zip(("logprobs", "entropy", "dlogits"), got, baseline, truth, strict=True):
@@ -92,11 +94,24 @@ def test_hard_rows(backend, dtype, sizes):
 @storage
 def test_one_shard_is_the_ordinary_op(dtype):
     logits, targets, temperatures, mask = some_case(dtype)
-    shards = run_shards("native", logits, targets, (1000,), temperatures, mask)
-    whole = run("native", logits, targets, temperatures, mask)
+    shards = run_shards(NATIVE, logits, targets, (1000,), temperatures, mask)
+    whole = run(NATIVE, logits, targets, temperatures, mask)
     assert all(map(torch.equal, shards, whole))
     single = vocab_parallel_logprobs_and_entropy(logits, targets, 0, temperatures, mask)
     assert all(map(torch.equal, single, whole[:2]))
+
+
+@pytest.mark.parametrize("backend", TRITON)
+@storage
+def test_triton_kernels(backend, dtype):
+    logits, targets = draw(9, 90, dtype)
+    targets[2] = -100
+    temperatures = torch.rand(9, generator=generator()) + 0.5
+    mask = torch.arange(9) != 4
+    for sizes in ((90,), (40, 0, 50)):
+        for rest in ((), (temperatures, mask)):
+            got = run_shards(backend, logits, targets, sizes, *rest)
+            assert_close_to_whole(got, logits, targets, *rest)
 
 
 @backends
@@ -173,7 +188,7 @@ def test_leading_shapes(backend, shape):
     logits = torch.randn(*shape, 12, generator=generator())
     targets = torch.randint(0, 12, shape, generator=generator())
     got = run_shards(backend, logits, targets, (5, 0, 7))
-    for a, b in zip(got, run("reference", logits, targets), strict=True):
+    for a, b in zip(got, run(REFERENCE, logits, targets), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -207,16 +222,16 @@ def parallel_cases():
     grid = logits.view(3, 4, -1), targets.view(3, 4), 0.7, mask.view(3, 4)
     for ranks, sizes in ((None, (64, 0, 936)), ((0, 2), (300, 700))):
         cases |= {
-            f"{ranks} plain": (ranks, "native", sizes, logits, targets, 1.0, None),
-            f"{ranks} reference": (ranks, "reference", sizes, logits, targets, temperatures, mask),
-            f"{ranks} double": (ranks, None, sizes, logits.double(), targets, 1.0, None),
-            f"{ranks} no token": (ranks, "native", sizes, logits[:0], targets[:0], 1.0, None),
+            f"{ranks} plain": (ranks, NATIVE, sizes, logits, targets, 1.0, None),
+            f"{ranks} reference": (ranks, REFERENCE, sizes, logits, targets, temperatures, mask),
+            f"{ranks} double": (ranks, REFERENCE, sizes, logits.double(), targets, 1.0, None),
+            f"{ranks} no token": (ranks, NATIVE, sizes, logits[:0], targets[:0], 1.0, None),
         }
         for dtype in (torch.bfloat16, torch.float16):
             stored = logits.to(dtype), targets, temperatures, mask
-            cases[f"{ranks} {dtype}"] = (ranks, "native", sizes, *stored)
-    cases["grid"] = (None, "native", (333, 333, 334), *grid)
-    cases["alone"] = ((1,), "native", (1000,), *grid)
+            cases[f"{ranks} {dtype}"] = (ranks, NATIVE, sizes, *stored)
+    cases["grid"] = (None, NATIVE, (333, 333, 334), *grid)
+    cases["alone"] = ((1,), NATIVE, (1000,), *grid)
     return cases
 
 
