@@ -12,7 +12,7 @@ using segk::RowsArg;
 
 namespace {
 
-// (mean_slope, std_slope, min_std, knots, address of the knots): segkernels.normalizer.Curve.
+// segkernels.rewards.native_curve: (mean_slope, std_slope, min_std, knots, their address).
 using CurveArg = std::tuple<float, float, float, int, uintptr_t>;
 
 segk::Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {

@@ -12,7 +12,7 @@ from .layout import check_bools, check_floats, check_like, constants, layout_of
 from .moments import all_reduce
 from .normalizer import Normalizer
 from .reference import advantages as reference
-from .rewards import SPREADS, Reduction, Spread, check_credit, native_curve
+from .rewards import SPREADS, Reduction, Spread, check_credit, native_curve, packed_curve
 
 
 def gae(
@@ -161,7 +161,7 @@ def segment_advantages(
         values.contiguous(),
         mask.contiguous(),
         layout.cu_seqlens,
-        *native_curve(normalizer),
+        packed_curve(normalizer),
         SPREADS.index(spread),
         reduction == "mean",
         float(clip),
@@ -262,10 +262,7 @@ def _segment_advantages_fwd(
     values: Tensor,
     mask: Tensor,
     cu_seqlens: Tensor | None,
-    knots: Tensor,
-    mean_slope: float,
-    std_slope: float,
-    min_std: float,
+    curve: Tensor | None,
     spread: int,
     mean: bool,
     clip: float,
@@ -283,7 +280,7 @@ def _segment_advantages_fwd(
         native.floats(values),
         native.ptr(mask),
         native.rows(layout_of("rewards", rewards, cu_seqlens)),
-        (mean_slope, std_slope, min_std, knots.shape[1], native.ptr(knots)),
+        native_curve(curve),
         spread,
         mean,
         clip,

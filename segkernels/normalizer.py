@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,16 +46,15 @@ class Curve:
     positions: tuple[float, ...]
     means: tuple[float, ...]
     stds: tuple[float, ...]
+    # All of it for a kernel, [3 + 3 K] fp32 on the CPU: mean_slope, std_slope, min_std, positions,
+    # means, stds. A tensor, because torch.compile compiles again for every new float.
+    packed: Tensor = field(init=False, repr=False, compare=False)
 
-    def knots(self) -> Tensor:
-        """``[3, K]`` fp32 on the CPU: positions, means, stds."""
-        return self._knots
-
-    @cached_property
-    def _knots(self) -> Tensor:
-        return torch.tensor(
-            [self.positions, self.means, self.stds], dtype=torch.float32, device="cpu"
-        )
+    def __post_init__(self) -> None:
+        lines = self.mean_slope, self.std_slope, self.min_std
+        numbers = *lines, *self.positions, *self.means, *self.stds
+        packed = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        object.__setattr__(self, "packed", packed)
 
     def mean(self, p: Tensor) -> Tensor:
         return self.mean_slope * p.log() + self._interpolate(p, self.means)

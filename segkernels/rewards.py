@@ -90,7 +90,7 @@ def scatter_segment_rewards(
         ends.contiguous(),
         mask.contiguous(),
         layout.cu_seqlens,
-        *native_curve(normalizer),
+        packed_curve(normalizer),
         SPREADS.index(spread),
         reduction == "mean",
         float(clip),
@@ -121,12 +121,18 @@ def check_credit(normalizer: Normalizer | None, spread: str, reduction: str, cli
         )
 
 
-def native_curve(normalizer: Normalizer | None) -> tuple[Tensor, float, float, float]:
-    """(knots, mean_slope, std_slope, min_std) for a custom operator; no knot means no change."""
-    if normalizer is None:
-        return torch.empty(3, 0, dtype=torch.float32, device="cpu"), 0.0, 0.0, 0.0
-    curve = normalizer.curve
-    return curve.knots(), curve.mean_slope, curve.std_slope, curve.min_std
+def packed_curve(normalizer: Normalizer | None) -> Tensor | None:
+    """``Curve.packed`` for a custom operator."""
+    return None if normalizer is None else normalizer.curve.packed
+
+
+def native_curve(packed: Tensor | None) -> tuple[float, float, float, int, int]:
+    """(mean_slope, std_slope, min_std, number of knots, their address); none changes no reward."""
+    if packed is None:
+        return 0.0, 0.0, 0.0, 0, 0
+    knots = packed[3:]
+    mean_slope, std_slope, min_std = packed[:3].tolist()
+    return mean_slope, std_slope, min_std, len(knots) // 3, native.ptr(knots)
 
 
 @native.operator
@@ -135,10 +141,7 @@ def _scatter_segment_rewards_fwd(
     ends: Tensor,
     mask: Tensor,
     cu_seqlens: Tensor | None,
-    knots: Tensor,
-    mean_slope: float,
-    std_slope: float,
-    min_std: float,
+    curve: Tensor | None,
     spread: int,
     mean: bool,
     clip: float,
@@ -149,7 +152,7 @@ def _scatter_segment_rewards_fwd(
         native.ptr(ends),
         native.ptr(mask),
         native.rows(layout_of("rewards", rewards, cu_seqlens)),
-        (mean_slope, std_slope, min_std, knots.shape[1], native.ptr(knots)),
+        native_curve(curve),
         spread,
         mean,
         clip,

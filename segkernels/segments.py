@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -63,7 +62,7 @@ def segment_ends(
     check_floats("entropy", entropy)
     check_bools("mask", mask, "entropy", entropy)
     threshold = float(threshold)
-    if math.isnan(threshold):
+    if threshold != threshold:
         raise ValueError("threshold: expected nats or +-inf, got NaN; pass e.g. 1.75")
     if entropy_of not in ("next", "current"):
         raise ValueError(
@@ -142,6 +141,8 @@ def segment_offsets(
 ) -> tuple[Tensor, Tensor]:
     """Segments as offsets, for tables and pictures on the host; synchronises a GPU.
 
+    Inside torch.compile the number of segments is a size that only running the graph tells.
+
     Number the action tokens that lie in a segment, in storage order: 0, 1, 2 and so on. Segment s
     is numbers ``seg_offsets[s]`` to ``seg_offsets[s + 1]``, and row n has the segments
     ``row_offsets[n]`` to ``row_offsets[n + 1]``. So ``seg_offsets.diff()`` is the number of tokens
@@ -172,4 +173,19 @@ def segment_offsets(
     check_bools("ends", ends, "ends", ends)
     check_bools("mask", mask, "ends", ends)
     choose("segment_offsets", ends, backend=backend)
-    return reference.segment_offsets(ends, mask, layout)
+    return _segment_offsets(ends, mask, layout.cu_seqlens)
+
+
+@native.operator
+def _segment_offsets(
+    ends: Tensor, mask: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return reference.segment_offsets(ends, mask, layout_of("ends", ends, cu_seqlens))
+
+
+@torch.library.register_fake(_segment_offsets)
+def _(ends, mask, cu_seqlens):
+    segments_and_one = torch.library.get_ctx().new_dynamic_size(min=1)
+    rows_and_one = layout_of("ends", ends, cu_seqlens).n_rows + 1
+    sizes = segments_and_one, rows_and_one
+    return tuple(native.empty(ends, size, dtype=torch.int64) for size in sizes)

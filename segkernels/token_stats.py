@@ -143,7 +143,7 @@ def check_row_inputs(
         check_floats("temperature", temperature)
         check_like("temperature", temperature, like_name, like)
         return targets, 1.0, temperature.detach()
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise _bad_temperature(temperature)
     return targets, float(temperature), None
 

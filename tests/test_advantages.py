@@ -19,7 +19,7 @@ from segkernels.advantages import (
     segment_advantages,
     whiten,
 )
-from segkernels.rewards import native_curve, scatter_segment_rewards
+from segkernels.rewards import packed_curve, scatter_segment_rewards
 
 BACKENDS = ("reference", "native")
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -337,10 +337,10 @@ def test_custom_operators():
     case = CASES["holes"]
     rewards, ends, logprobs, ref_logprobs, values, mask = draw(case)
     torch.library.opcheck(_gae_fwd, (rewards, values, mask, case.cu_seqlens, 1.0, 0.95))
-    curve = native_curve(NORMALIZERS["table"][0])
+    curve = packed_curve(NORMALIZERS["table"][0])
     streams = rewards, ends, logprobs, ref_logprobs, values, mask, case.cu_seqlens
     torch.library.opcheck(
-        _segment_advantages_fwd, (*streams, *curve, 0, False, 10.0, 0.01, 1.0, 0.95)
+        _segment_advantages_fwd, (*streams, curve, 0, False, 10.0, 0.01, 1.0, 0.95)
     )
     torch.library.opcheck(_moments_fwd, (values, mask))
     torch.library.opcheck(_whiten_fwd, (values, mask, _moments_fwd(values, mask), True))

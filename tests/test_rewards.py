@@ -15,7 +15,7 @@ from segkernels.normalizer import (
 )
 from segkernels.rewards import (
     _scatter_segment_rewards_fwd,
-    native_curve,
+    packed_curve,
     scatter_segment_rewards,
 )
 
@@ -253,8 +253,8 @@ def test_not_differentiable(backend):
 def test_custom_operator(normalizer):
     case = CASES["holes"]
     rewards, ends = draw(case)
-    curve = native_curve(NORMALIZERS[normalizer][0])
-    args = (rewards, ends, case.mask, case.cu_seqlens, *curve, 0, True, 10.0)
+    curve = packed_curve(NORMALIZERS[normalizer][0])
+    args = (rewards, ends, case.mask, case.cu_seqlens, curve, 0, True, 10.0)
     torch.library.opcheck(_scatter_segment_rewards_fwd, args)
 
 

@@ -6,7 +6,7 @@ from layouts import CASES, Case, cases
 
 from segkernels import segment_ends, segment_offsets
 from segkernels.backend import BackendError
-from segkernels.segments import _segment_ends
+from segkernels.segments import _segment_ends, _segment_offsets
 
 BACKENDS = ("reference", "native")
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -364,3 +364,11 @@ def test_offsets_errors():
         segment_offsets(ends, mask[:1])
     with pytest.raises(BackendError, match=r"segment_offsets: .* serves no device"):
         segment_offsets(ends, ends, backend="native")
+
+
+def test_offsets_are_a_custom_operator():
+    case = CASES["holes"]
+    ends = naive_for(case, draw_entropy(case))
+    torch.library.opcheck(_segment_offsets, (ends, case.mask, case.cu_seqlens))
+    grid = case.grid(ends, False), case.grid(case.mask, False), None
+    torch.library.opcheck(_segment_offsets, grid)
