@@ -1,4 +1,4 @@
-"""Reward models with one reward per token, and the token statistics of a policy."""
+"""Reward models with one reward per token; the token statistics and the loss of a policy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import inspect
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 import segkernels
+from segkernels.layout import values_may_be_checked
 from segkernels.normalizer import ScalarNormalizer, normalizer_from_dict
 
 from .configs import AdaptedModelConfig, ModelConfig
@@ -38,6 +39,8 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from segkernels.ppo_loss import Aggregation
 
 GRANULARITIES = ("segment", "token", "bandit")
 
@@ -551,39 +554,136 @@ def token_stats(
     ``[B, T]``) is False, differentiable. Padding may be on either side. ``model`` may be wrapped by
     peft or for distributed training. Where its logits are exactly lm_head(hidden), which is tried
     out once per model, they are never formed; else (soft caps, logit scales, sharded heads) the
-    same numbers come from the logits.
+    same numbers come from the logits. Under autocast the head multiplies in autocast's dtype.
 
-    Raises ValueError for an action token with no token before it: nothing predicts it.
+    Raises ValueError for an action token with no token before it: nothing predicts it (CPU tensors,
+    or SEGKERNELS_DEBUG=1).
     """
-    first = attention_mask.long().cumsum(-1) == 1
-    alone = (action_mask & first).nonzero()
-    if alone.numel():
-        raise ValueError(
-            f"action_mask: expected a token before every action token, got none before token "
-            f"{int(alone[0, 1])} of row {int(alone[0, 0])}; put a prompt or a BOS token in front"
+    at = token_stats_at(model, input_ids, attention_mask, action_mask, [temperature])
+    return at[temperature]
+
+
+def token_stats_at(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    action_mask: Tensor,
+    temperatures: Iterable[float],
+) -> dict[float, tuple[Tensor, Tensor]]:
+    """``token_stats`` by temperature, all from one pass through the model."""
+    states, head = _before_tokens(model, input_ids, attention_mask, action_mask)
+    targets, mask = input_ids[:, 1:], action_mask[:, 1:]
+
+    def stats(temperature: float) -> tuple[Any, Tensor]:
+        if head is None:
+            return segkernels.logprobs_and_entropy(states, targets, temperature, mask)
+        return segkernels.linear_logprobs_and_entropy(
+            states, head.weight, targets, head.bias, temperature, mask
         )
+
+    at = {}
+    for temperature in temperatures:
+        logprobs, entropy = (_first_is_zero(each) for each in stats(temperature))
+        at[temperature] = logprobs, entropy
+    return at
+
+
+def policy_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    action_mask: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    temperature: float = 1.0,
+    clip: float = 0.2,
+    aggregation: Aggregation = "token-mean",
+) -> segkernels.PolicyLoss:
+    """``segkernels.linear_policy_loss`` of a causal LM's action tokens.
+
+    ``old_logprobs`` (nats) and ``advantages`` are constants ``[B, T]``; their values outside
+    ``action_mask`` are not read. Everything per token is aligned with ``input_ids``; the model, its
+    padding, autocast and errors as in ``token_stats``, with the same choice of head or logits.
+    """
+    states, head = _before_tokens(model, input_ids, attention_mask, action_mask)
+    targets, mask, old, advantages = (
+        x[:, 1:] for x in (input_ids, action_mask, old_logprobs, advantages)
+    )
+    if head is None:
+        logprobs, entropy = segkernels.logprobs_and_entropy(states, targets, temperature, mask)
+        loss = segkernels.policy_loss(
+            logprobs, old, advantages, mask, clip=clip, aggregation=aggregation
+        )
+        logprobs, entropy = logprobs.detach(), entropy.detach()
+        out = segkernels.PolicyLoss(
+            loss, logprobs, entropy, *_policy_diagnostics(logprobs, old, advantages, mask, clip)
+        )
+    else:
+        out = segkernels.linear_policy_loss(
+            states,
+            head.weight,
+            targets,
+            old,
+            advantages,
+            mask,
+            bias=head.bias,
+            temperature=temperature,
+            clip=clip,
+            aggregation=aggregation,
+        )
+    return out._replace(logprobs=_first_is_zero(out.logprobs), entropy=_first_is_zero(out.entropy))
+
+
+def _policy_diagnostics(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """(clip_fraction, approx_kl) as ``segkernels.PolicyLoss`` defines them."""
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.exp()
+    held = advantages * ratio.clamp(1 - clip, 1 + clip) < advantages * ratio
+    n = mask.sum().clamp(min=1)
+    return (held & mask).sum() / n, 0.5 * log_ratio.square().sum() / n
+
+
+def _first_is_zero(stats: Tensor) -> Tensor:
+    """``[B, T]`` of ``[B, T - 1]``: no distribution stands before the first token."""
+    return nn.functional.pad(stats, (1, 0))
+
+
+class _Head(NamedTuple):
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+def _before_tokens(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, action_mask: Tensor
+) -> tuple[Tensor, _Head | None]:
+    """What predicts tokens 1 to T - 1: (hidden states ``[B, T - 1, D]``, the head that reads them),
+    or (logits ``[B, T - 1, V]``, None)."""
+    if values_may_be_checked(action_mask):
+        first = attention_mask.long().cumsum(-1) == 1
+        alone = (action_mask & first).nonzero()
+        if alone.numel():
+            raise ValueError(
+                f"action_mask: expected a token before every action token, got none before token "
+                f"{int(alone[0, 1])} of row {int(alone[0, 0])}; put a prompt or a BOS token in "
+                "front"
+            )
     causal = _unwrapped(model)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if (position_ids := positions(causal, attention_mask)) is not None:
         inputs["position_ids"] = position_ids
-    targets, mask = input_ids[:, 1:], action_mask[:, 1:]
-    if _is_plain(model, causal):
-        head = causal.get_output_embeddings()
-        with _last_hidden(causal) as hidden:
-            model(**inputs, logits_to_keep=1)
-        stats: tuple[Any, Tensor] = segkernels.linear_logprobs_and_entropy(
-            hidden[0][:, :-1].to(head.weight.dtype),
-            head.weight,
-            targets,
-            bias=head.bias,
-            temperature=temperature,
-            mask=mask,
-        )
-    else:
-        logits = model(**inputs).logits[:, :-1]
-        stats = segkernels.logprobs_and_entropy(logits, targets, temperature=temperature, mask=mask)
-    logprobs, entropy = (nn.functional.pad(each, (1, 0)) for each in stats)
-    return logprobs, entropy
+    if not _is_plain(model, causal):
+        return model(**inputs).logits[:, :-1], None
+    with _last_hidden(causal) as hidden:
+        model(**inputs, logits_to_keep=1)
+    head = causal.get_output_embeddings()
+    device = head.weight.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return hidden[0][:, :-1].to(dtype), _Head(head.weight.to(dtype), bias)
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:

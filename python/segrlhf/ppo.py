@@ -31,9 +31,9 @@ from transformers import get_scheduler
 
 from segkernels import (
     LocationNormalizer,
+    PolicyLoss,
     RunningLocationNormalizer,
     ScalarNormalizer,
-    policy_loss,
     scatter_segment_rewards,
     segment_advantages,
     segment_scores,
@@ -51,7 +51,9 @@ from .modeling import (
     check_vocabulary,
     load_causal_lm,
     load_tokenizer,
+    policy_loss,
     token_stats,
+    token_stats_at,
 )
 from .rollout import Rollout, distinct_bigrams, eos_ids, generate
 
@@ -282,13 +284,27 @@ class PolicyAndValue(nn.Module):
         self.value = value
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, entropies and values of the action tokens, each ``[B, T]``."""
-        logprobs, entropy = token_stats(
-            self.policy, input_ids, attention_mask, action_mask, temperature=temperature
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        action_mask: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        **options: Any,
+    ) -> tuple[PolicyLoss, Tensor]:
+        """``modeling.policy_loss`` and the values ``[B, T]``: what an optimizer step needs."""
+        # The loss holds the gradient of the head's weight until the backward pass: it comes last.
+        values = state_values(self.value, input_ids, attention_mask)
+        loss = policy_loss(
+            self.policy,
+            input_ids,
+            attention_mask,
+            action_mask,
+            old_logprobs,
+            advantages,
+            **options,
         )
-        return logprobs, entropy, state_values(self.value, input_ids, attention_mask)
+        return loss, values
 
 
 @dataclass(frozen=True)
@@ -310,7 +326,8 @@ class _Means:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        pair = torch.stack([total.double(), torch.as_tensor(count, device=total.device).double()])
+        # Added on the device: copying a number there would wait for it.
+        pair = torch.stack([total.double(), torch.zeros_like(total, dtype=torch.float64) + count])
         self.sums[name] = self.sums.get(name, 0.0) + pair
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
@@ -638,18 +655,19 @@ class PPOTrainer:
         return {name: torch.cat(xs) for name, xs in parts.items()}
 
     def _read_rows(self, ids: Tensor, attention: Tensor, action: Tensor) -> dict[str, Tensor]:
-        temperature = self.config.temperature
-        logprobs, _, values = self.module(ids, attention, action, temperature)
-        ref_logprobs, entropy = token_stats(
-            self.ref_policy, ids, attention, action, temperature=temperature
-        )
-        out = {"logprobs": logprobs, "values": values, "ref_logprobs": ref_logprobs}
-        out["rewards"] = self.reward_model(ids, attention_mask=attention)
-        if self.reward_model.granularity == "segment":
-            if self.entropy_model is not None or temperature != 1.0:
-                model = self.entropy_model or self.ref_policy
-                _, entropy = token_stats(model, ids, attention, action)
-            out["entropy"] = entropy
+        tokens, temperature = (ids, attention, action), self.config.temperature
+        segments = self.reward_model.granularity == "segment"
+        also = {1.0} if segments and self.entropy_model is None else set()
+        ref = token_stats_at(self.ref_policy, *tokens, {temperature} | also)
+        out = {
+            "logprobs": token_stats(self.module.policy, *tokens, temperature)[0],
+            "values": state_values(self.module.value, ids, attention),
+            "ref_logprobs": ref[temperature][0],
+            "rewards": self.reward_model(ids, attention_mask=attention),
+        }
+        if segments:
+            cutter = self.entropy_model
+            _, out["entropy"] = ref[1.0] if cutter is None else token_stats(cutter, *tokens)
         return out
 
     def _reward(
@@ -771,25 +789,24 @@ class PPOTrainer:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 batch = experience.rollout.rows(part)
                 mask, width = batch.action_mask, batch.input_ids.shape[1]
-                logprobs, entropy, values = self.model(
-                    batch.input_ids, batch.attention_mask, mask, config.temperature
-                )
                 old_logprobs = experience.logprobs[part, :width]
                 old_values = experience.values[part, :width]
-                advantages = experience.advantages[part, :width]
                 returns = experience.returns[part, :width]
+                policy, values = self.model(
+                    batch.input_ids,
+                    batch.attention_mask,
+                    mask,
+                    old_logprobs,
+                    experience.advantages[part, :width],
+                    temperature=config.temperature,
+                    clip=config.cliprange,
+                    aggregation=config.loss_aggregation,
+                )
                 # Shares of the whole minibatch, so that its division does not matter.
                 share = len(batch) / config.mini_batch_size
                 if config.loss_aggregation == "token-mean":
                     share = mask.sum() / n_tokens
-                loss = share * policy_loss(
-                    logprobs,
-                    old_logprobs,
-                    advantages,
-                    mask,
-                    clip=config.cliprange,
-                    aggregation=config.loss_aggregation,
-                )
+                loss = share * policy.loss
                 loss_of_values = share * value_loss(
                     values,
                     old_values,
@@ -801,13 +818,10 @@ class PPOTrainer:
                 # Data-parallel gradients are averaged over processes; these are shares of a sum.
                 accelerator.backward((loss + loss_of_values) * accelerator.num_processes)
             with torch.no_grad():
-                bad.append(((~logprobs.isfinite() | ~values.isfinite()) & mask).any(1))
+                bad.append(((~policy.logprobs.isfinite() | ~values.isfinite()) & mask).any(1))
                 means.add("loss/policy_avg", loss, share)
                 means.add("loss/value_avg", loss_of_values, share)
-                self._count_tokens(
-                    mask, means, logprobs, old_logprobs, advantages, values, old_values, returns
-                )
-                means.add("policy/entropy_avg", entropy[mask].double().sum(), mask.sum())
+                self._count_tokens(mask, means, policy, old_logprobs, values, old_values, returns)
         norms = [
             nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             for model in (self.module.policy, self.module.value)
@@ -825,22 +839,23 @@ class PPOTrainer:
         self,
         mask: Tensor,
         means: _Means,
-        *tokens: Tensor,
+        policy: PolicyLoss,
+        old_logprobs: Tensor,
+        values: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
     ) -> None:
-        config, n = self.config, mask.sum()
-        logprobs, old_logprobs, advantages, values, old_values, returns = (
-            x[mask].double() for x in tokens
-        )
-        log_ratio = logprobs - old_logprobs
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
-        means.add("policy/approxkl_avg", 0.5 * log_ratio.square().sum(), n)
-        means.add("policy/clipfrac_avg", (advantages * clipped < advantages * ratio).sum(), n)
-        means.add("val/ratio", ratio.sum(), n)
-        reach = config.cliprange_value
+        """Token means of the metrics. Masked sums, because x[mask] would wait for the device."""
+        n, reach = mask.sum(), self.config.cliprange_value
+        means.add("policy/approxkl_avg", policy.approx_kl * n, n)
+        means.add("policy/clipfrac_avg", policy.clip_fraction * n, n)
+        means.add("policy/entropy_avg", policy.entropy.double().sum(), n)
+        ratio = (policy.logprobs.double() - old_logprobs).exp()
+        means.add("val/ratio", ratio.where(mask, 0.0).sum(), n)
+        values, old_values, returns = values.double(), old_values.double(), returns.double()
         near = old_values + (values - old_values).clamp(-reach, reach)
         worse = (near - returns).square() > (values - returns).square()
-        means.add("val/clipfrac_avg", worse.sum(), n)
+        means.add("val/clipfrac_avg", (worse & mask).sum(), n)
 
     def _stop_non_finite(self, names: list[str], prompts: list[int]) -> None:
         """Saves the weights, which nothing non-finite has touched, and raises on every process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -32,9 +33,14 @@ class Rollout:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, on the host: cutting rows out must not wait for the device."""
+        return self.attention_mask.sum(1).tolist()
+
     def rows(self, part: slice) -> Rollout:
         """Some of the rows, no wider than the longest of them."""
-        width = int(self.attention_mask[part].sum(1).max())
+        width = max(self.lengths[part])
         return Rollout(
             self.input_ids[part, :width],
             self.attention_mask[part, :width],

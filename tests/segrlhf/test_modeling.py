@@ -15,7 +15,7 @@ from segkernels.normalizer import LocationNormalizer, ScalarNormalizer
 from segrlhf import modeling
 from segrlhf.configs import AdaptedModelConfig, ModelConfig
 from segrlhf.errors import UserError
-from segrlhf.modeling import SegmentRewardModel, token_stats
+from segrlhf.modeling import SegmentRewardModel, policy_loss, token_stats, token_stats_at
 
 SMALL = {
     "vocab_size": 99,
@@ -558,6 +558,59 @@ def test_token_stats_gradients(family, family_dir):
         torch.testing.assert_close(ours[name], parameter.grad, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi", "cohere"])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_policy_loss(family, aggregation, side, family_dir):
+    """Every number and gradient against the formulas on logits in fp64; cohere scales its own."""
+    model = AutoModelForCausalLM.from_pretrained(family_dir(family)).eval()
+    ids, attention, action = batch()
+    if side == "left":
+        ids, attention, action = (left(x, attention) for x in (ids, attention, action))
+    action = action & (attention.cumsum(-1) > 2)
+    generator = torch.Generator().manual_seed(1)
+    noise, advantages = torch.randn(2, *ids.shape, generator=generator)
+    logprobs, entropy = token_stats(model, ids, attention, action, 0.7)
+    old = logprobs.detach() + 0.3 * noise
+    old[~action], advantages[~action] = torch.nan, torch.inf
+    out = policy_loss(
+        model, ids, attention, action, old, advantages,
+        temperature=0.7, clip=0.2, aggregation=aggregation,
+    )  # fmt: skip
+    out.loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert not any(field.requires_grad for field in out[1:])
+    torch.testing.assert_close(out.logprobs, logprobs.detach())
+    torch.testing.assert_close(out.entropy, entropy.detach())
+
+    position = None if side == "right" else modeling.positions(model, attention)
+    logits = model(ids, attention_mask=attention, position_ids=position).logits[:, :-1].double()
+    logp = (logits / 0.7).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    mask = action[:, 1:]
+    q = torch.where(mask, logp - old[:, 1:], 0)
+    a = torch.where(mask, advantages[:, 1:], 0)
+    plain, clipped = q.exp() * a, q.exp().clamp(0.8, 1.2) * a
+    terms = -torch.minimum(plain, clipped)
+    n = mask.sum()
+    truth = {
+        "token-mean": terms.sum() / n,
+        "seq-mean-token-mean": (terms.sum(1) / mask.sum(1)).mean(),
+        "seq-mean-token-sum": terms.sum(1).mean(),
+    }[aggregation]
+    truth.backward()
+    held = (clipped < plain).sum()
+    assert 0 < held < n
+    for found, expected in (
+        (out.loss, truth),
+        (out.clip_fraction, held / n),
+        (out.approx_kl, q.square().sum() / (2 * n)),
+    ):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=2e-3, atol=2e-4)
+
+
 def test_token_stats_in_bf16(tiny_lm):
     import copy
 
@@ -571,6 +624,41 @@ def test_token_stats_in_bf16(tiny_lm):
     expected = -(logp.exp() * logp).sum(-1).float()
     mask = action[:, 1:]
     torch.testing.assert_close(entropy[:, 1:][mask], expected[mask], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_autocast_multiplies_the_head_in_its_dtype(family, family_dir):
+    model = AutoModelForCausalLM.from_pretrained(family_dir(family))
+    ids, attention, action = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, entropy = token_stats(model, ids, attention, action)
+        with torch.no_grad(), modeling._last_hidden(model) as hidden:
+            model(ids, attention_mask=attention)
+    weight, bias = model.lm_head.weight, model.lm_head.bias
+    operands = [None if x is None else x.bfloat16().double() for x in (hidden[0], weight, bias)]
+    logp = nn.functional.linear(*operands)[:, :-1].log_softmax(-1)
+    expected = logp.gather(-1, ids[:, 1:, None])[..., 0], -(logp.exp() * logp).sum(-1)
+    mask = action[:, 1:]
+    for ours, truth in zip((logprobs, entropy), expected, strict=True):
+        torch.testing.assert_close(ours[:, 1:][mask], truth[mask].float(), rtol=1e-5, atol=1e-5)
+    logprobs.sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_token_stats_at_several_temperatures_take_one_pass(tiny_lm):
+    ids, attention, action = batch()
+    passes = []
+    with torch.no_grad():
+        expected = {t: token_stats(tiny_lm, ids, attention, action, t) for t in (0.7, 1.0)}
+        hook = tiny_lm.base_model.register_forward_hook(lambda *_: passes.append(1))
+        found = token_stats_at(tiny_lm, ids, attention, action, (0.7, 1.0))
+        hook.remove()
+    assert len(passes) == 1
+    assert found.keys() == expected.keys()
+    for temperature, stats in expected.items():
+        for ours, alone in zip(found[temperature], stats, strict=True):
+            assert torch.equal(ours, alone)
+    assert not torch.equal(*(entropy for _, entropy in found.values()))
 
 
 def test_token_stats_through_peft(tiny_lm_dir):

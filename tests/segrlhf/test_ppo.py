@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import inspect
 import json
 import math
 import os
@@ -14,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from segkernels import LocationNormalizer, segment_scores
-from segrlhf import ppo, presets
+from segrlhf import modeling, ppo, presets
 from segrlhf.configs import DataConfig, ModelConfig
 from segrlhf.errors import NonFiniteError, UserError
 from segrlhf.files import last_checkpoint
@@ -184,6 +186,71 @@ def test_micro_batches_do_not_matter(lm, rm, tmp_path, aggregation):
     assert_same_numbers(whole.train(), parts.train())
     for a, b in zip(whole.module.parameters(), parts.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the calls of segrlhf's own lines that would make the host wait for a GPU."""
+
+    HOME = str(Path(ppo.__file__).parent)
+    # The last makes a tensor of a number, which would have to be copied to the device.
+    WAITS = ("nonzero", "masked_select", "_local_scalar_dense", "equal", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
+        if (name in self.WAITS or by_mask) and self._ours():
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+    def _ours(self):
+        """Whether the innermost line outside torch is one of segrlhf's."""
+        frame = inspect.currentframe().f_back.f_back
+        while f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+            frame = frame.f_back
+        return frame.f_code.co_filename.startswith(self.HOME)
+
+
+def test_micro_batches_do_not_wait_for_the_device(lm, rm, tmp_path, monkeypatch):
+    monkeypatch.setattr(modeling, "values_may_be_checked", lambda _: False)  # as on a GPU
+    waits = {}
+    for rows_each in (1, 4):
+        trainer = make_trainer(
+            lm, rm, tmp_path / str(rows_each), per_device_train_batch_size=rows_each
+        )
+        step = trainer._step
+
+        def counted(*args, step=step, rows_each=rows_each):
+            with _Waits() as mode:
+                step(*args)
+            waits.setdefault(rows_each, []).append(mode.count)
+
+        trainer._step = counted
+        trainer._update()
+    assert waits[1][1:] == waits[4][1:]  # the first step also asks for the rows' lengths
+    assert min(waits[1]) > 0  # a step asks whether its numbers are finite
+
+
+def test_the_reference_policy_reads_a_text_once(lm, rm, tmp_path):
+    """At another temperature too, though segments are cut by the entropy at temperature 1."""
+    trainer = make_trainer(lm, rm, tmp_path, temperature=0.7)
+    rollout = one_rollout()
+    tokens = rollout.input_ids, rollout.attention_mask, rollout.action_mask
+    passes = []
+    trainer.ref_policy.base_model.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        modeling.token_stats(trainer.ref_policy, *tokens)  # which has tried the head out
+        passes.clear()
+        read = trainer._read_rows(*tokens)
+        assert len(passes) == 1
+        sampled, whole = (modeling.token_stats(trainer.ref_policy, *tokens, t) for t in (0.7, 1.0))
+    assert torch.equal(read["ref_logprobs"], sampled[0])
+    assert torch.equal(read["entropy"], whole[1])
+    assert not torch.equal(whole[1], sampled[1])
 
 
 def test_gradient_checkpointing_changes_nothing(lm, rm, tmp_path):
