@@ -125,7 +125,7 @@ def _linear_fwd(
     height = space.height(rows)
     columns = space.columns(height, weight)
     projection = Projection(weight, bias, space.dtype, columns)
-    tile = native.buffer(hidden, height * columns, dtype=space.dtype)
+    tile = native.empty(hidden, height * columns, dtype=space.dtype)
     targets, temperatures = each(rows.take, targets, temperatures)
     logprobs, entropy, stats = empty_stats(torch.Size([rows.count]), targets, hidden)
     for block in parts_of(rows.count, height):
@@ -189,11 +189,11 @@ def _linear_bwd(
     sums_apart = need_weight and not one_product and weight.dtype != torch.float32
     columns = space.columns(height, weight, sums_apart)
     projection = Projection(weight, bias, space.dtype, columns)
-    tile = native.buffer(hidden, height * columns, dtype=space.dtype)
+    tile = native.empty(hidden, height * columns, dtype=space.dtype)
     per_row = each(rows.take, targets, temperatures, stats, dlogprobs, dentropy)
 
-    dhidden = native.buffer(hidden, keep.numel() if need_hidden else 0, hidden.shape[-1])
-    dweight = native.buffer(weight, *weight.shape if need_weight else (0,), dtype=weight.dtype)
+    dhidden = native.empty(hidden, keep.numel() if need_hidden else 0, hidden.shape[-1])
+    dweight = native.empty(weight, *weight.shape if need_weight else (0,), dtype=weight.dtype)
     dbias = native.empty(hidden, weight.shape[0] if need_bias else 0).zero_()
     sums = projection.scratch(torch.float32) if sums_apart else None
     for part, panel in projection.slices():

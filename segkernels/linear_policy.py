@@ -398,14 +398,14 @@ def _three_products(
     kernels = vocab.kernels(backend)
     rows, vocabulary = chunks.rows, weight.shape[0]
     projection = Projection(weight, bias, rows.dtype, chunks.columns)
-    tile = native.buffer(hidden, chunks.height * vocabulary, dtype=rows.dtype)
+    tile = native.empty(hidden, chunks.height * vocabulary, dtype=rows.dtype)
     targets, temperatures = each(rows.take, targets, temperatures)
     objective = objective.map(rows.take)
     logprobs, entropy, stats = empty_stats(torch.Size([rows.count]), targets, hidden)
 
-    dhidden = native.buffer(hidden, *hidden.shape if need_hidden else (0,), dtype=hidden.dtype)
+    dhidden = native.empty(hidden, *hidden.shape if need_hidden else (0,), dtype=hidden.dtype)
     dhidden.zero_()
-    dweight = native.buffer(weight, *weight.shape if need_weight else (0,), dtype=weight.dtype)
+    dweight = native.empty(weight, *weight.shape if need_weight else (0,), dtype=weight.dtype)
     dbias = native.empty(hidden, vocabulary if need_bias else 0).zero_()
     dx = native.empty(hidden, chunks.height if need_hidden else 0, hidden.shape[-1])
     sums = projection.scratch(torch.float32) if need_weight and chunks.sums_apart else None
@@ -484,7 +484,16 @@ def _policy_bwd(
     The tensors that the gradients are in are here to be seen by autograd, which then refuses a
     second derivative.
     """
-    return dhidden * dloss, dweight * dloss, dbias * dloss
+    return _scaled(dhidden, dloss), _scaled(dweight, dloss), _scaled(dbias, dloss)
+
+
+def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """The product in fp32, rounded once; in pieces: on CPUs torch first converts whole operands."""
+    out = torch.empty_like(gradient)
+    size = max(gradient.numel(), 1) if gradient.is_cuda else 1 << 18
+    for part in parts_of(gradient.numel(), size):
+        torch.mul(gradient.view(-1)[part], dloss.view(1), out=out.view(-1)[part])
+    return out
 
 
 def _empty_gradients(

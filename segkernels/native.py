@@ -67,15 +67,6 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tens
     return like.new_empty(shape, dtype=dtype)
 
 
-def buffer(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``empty`` for megabytes: on huge pages where the system has them. To be handed new pages of
-    4 KiB takes a quarter of the time of the product that fills them (131 MB, depth 256)."""
-    out = empty(like, *shape, dtype=dtype)
-    if extension is not None and out.device.type == "cpu":
-        extension.prefer_huge_pages(out.data_ptr(), out.nbytes)
-    return out
-
-
 def rows(layout: Layout) -> tuple[int, int, int]:
     """(rows, tokens per row of a grid, address of cu_seqlens or 0); raises as ``check_rows``."""
     layout.check_rows()

@@ -201,7 +201,7 @@ class Projection:
         self.panel = self.scratch(dtype) if weight.dtype != dtype else None
 
     def scratch(self, dtype: torch.dtype) -> Tensor:
-        return native.buffer(self.weight, self.columns, self.weight.shape[1], dtype=dtype)
+        return native.empty(self.weight, self.columns, self.weight.shape[1], dtype=dtype)
 
     def slices(self) -> Iterator[tuple[slice, Tensor]]:
         """(columns, weight [C, D] of them); valid until the next."""
