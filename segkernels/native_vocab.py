@@ -75,7 +75,7 @@ def backward(
     dentropy: Tensor | None,
     dlogits: Tensor,
 ) -> None:
-    """Fills dlogits [R, V], contiguous and of the logits' dtype; may be the logits' own memory."""
+    """Fills dlogits [R, V], contiguous and of the logits' dtype; may be contiguous logits."""
     native.extension.vocab_backward(
         _crossing(rows),
         native.ptr(stats),

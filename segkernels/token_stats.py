@@ -22,6 +22,7 @@ def entropy_from_logits(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     *,
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Entropy of every row's distribution, in nats.
@@ -32,7 +33,7 @@ def entropy_from_logits(
         dH/dz_v = -p_v (log p_v + H)
 
     A logit of -inf (a banned token) adds exactly 0 to H and to every gradient; so does one whose
-    probability is below 1e-38 of the largest, in the native implementation. A row that holds NaN
+    probability is below 2e-38 of the largest, in the native implementation. A row that holds NaN
     or +inf, or nothing but -inf, gives NaN.
 
     Args:
@@ -40,18 +41,26 @@ def entropy_from_logits(
             float32, bfloat16 or float16, read as float32; float64 runs the reference.
         temperature: positive; one float, or a tensor of one per row. No gradient flows to it.
         mask: bool of the leading shape; rows with False are not read, give 0 and get no gradient.
+        inplace_backward: the backward pass writes the gradient over the logits instead of
+            allocating another ``[..., V]``. It destroys them: nothing may read the logits (or a
+            tensor that shares their memory) after it. Autograd raises where something that it
+            saved was lost, a second backward pass included. The logits must be contiguous and
+            computed by another op. ``torch.compile`` may copy them first.
         backend: see ``segkernels.backend``.
 
     Returns:
         float32 (float64 for float64 logits) of the leading shape, differentiable in ``logits``.
 
     Raises:
-        ValueError: shapes that disagree, a temperature that is not positive and finite.
+        ValueError: shapes that disagree, a temperature that is not positive and finite,
+            ``inplace_backward`` on logits that are a leaf or not contiguous, or on the reference.
         TypeError: dtypes that do not fit.
 
     Source: the entropy that cuts segments, arXiv 2501.02790, section 2.2.
     """
-    return _token_stats("entropy_from_logits", logits, None, temperature, mask, backend)[1]
+    return _token_stats(
+        "entropy_from_logits", logits, None, temperature, mask, inplace_backward, backend
+    )[1]
 
 
 def logprobs_and_entropy(
@@ -60,6 +69,7 @@ def logprobs_and_entropy(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     *,
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every row's target, and the row's entropy, from one read of the logits.
@@ -77,6 +87,7 @@ def logprobs_and_entropy(
             gradient from it (the entropy is still computed).
         temperature: as in :func:`entropy_from_logits`.
         mask: as there; targets of rows with False may be anything.
+        inplace_backward: as there; it destroys the logits.
         backend: see ``segkernels.backend``.
 
     Returns:
@@ -87,7 +98,7 @@ def logprobs_and_entropy(
         TypeError: dtypes that do not fit.
     """
     logprobs, entropy = _token_stats(
-        "logprobs_and_entropy", logits, targets, temperature, mask, backend
+        "logprobs_and_entropy", logits, targets, temperature, mask, inplace_backward, backend
     )
     assert logprobs is not None
     return logprobs, entropy
@@ -99,6 +110,7 @@ def _token_stats(
     targets: Tensor | None,
     temperature: float | Tensor,
     mask: Tensor | None,
+    inplace_backward: bool,
     backend: str | None,
 ) -> tuple[Tensor | None, Tensor]:
     check_floats("logits", logits)
@@ -112,14 +124,34 @@ def _token_stats(
         "logits[..., 0]", row, targets, temperature, mask
     )
     chosen = choose(op, logits, backend=backend)
+    if inplace_backward:
+        _check_inplace_backward(logits, chosen)
     if chosen == "reference":
         if values_may_be_checked(logits):
             check_row_values(logits.shape[-1], targets, temperatures, mask)
         return reference.token_stats(logits, targets, per_row(scalar, temperatures), mask)
     logprobs, entropy, _ = _token_stats_fwd(
-        logits, targets, scalar, *each(Tensor.float, temperatures), mask, chosen
+        logits, targets, scalar, *each(Tensor.float, temperatures), mask, inplace_backward, chosen
     )
     return (None if targets is None else logprobs), entropy
+
+
+def _check_inplace_backward(logits: Tensor, backend: str) -> None:
+    if backend == "reference":
+        raise ValueError(
+            "inplace_backward: expected False for the reference, whose backward pass is autograd's "
+            "own, got True; drop it, or choose another backend"
+        )
+    if not logits.is_contiguous():
+        raise ValueError(
+            "inplace_backward: expected contiguous logits, got a view with strides "
+            f"{list(logits.stride())}; pass the logits of all positions with a mask, or drop it"
+        )
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            "inplace_backward: expected logits that another op computed, got a leaf, whose values "
+            "would be lost; drop it, or pass logits.clone()"
+        )
 
 
 def check_row_inputs(
@@ -192,6 +224,7 @@ def _token_stats_fwd(
     temperature: float,
     temperatures: Tensor | None,
     mask: Tensor | None,
+    inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if values_may_be_checked(logits):
@@ -218,7 +251,7 @@ def empty_stats(
 
 
 @_token_stats_fwd.register_fake
-def _(logits, targets, temperature, temperatures, mask, backend):
+def _(logits, targets, temperature, temperatures, mask, inplace_backward, backend):
     return empty_stats(logits.shape[:-1], targets, logits)
 
 
@@ -235,13 +268,9 @@ def _token_stats_bwd(
     first: int = 0,
 ) -> Tensor:
     """The gradient of whole rows, or of a slice of their columns that begins with ``first``."""
-    targets, temperatures, dlogprobs, dentropy = each(
-        Tensor.contiguous, targets, temperatures, dlogprobs, dentropy
-    )
     dlogits = native.empty(logits, *logits.shape, dtype=logits.dtype)
-    rows = vocab.Rows(vocab.addressable(logits), targets, temperature, temperatures, first)
-    if dlogits.numel():
-        vocab.kernels(backend).backward(rows, stats, dlogprobs, dentropy, dlogits)
+    upstream = stats, dlogprobs, dentropy
+    _fill_gradient(dlogits, logits, targets, temperature, temperatures, *upstream, backend, first)
     return dlogits
 
 
@@ -250,8 +279,50 @@ def _(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+@torch.library.custom_op("segkernels::token_stats_bwd_", mutates_args=("logits",))
+def _token_stats_bwd_(
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    dlogprobs: Tensor | None,
+    dentropy: Tensor | None,
+    backend: str,
+) -> None:
+    upstream = stats, dlogprobs, dentropy
+    _fill_gradient(logits, logits, targets, temperature, temperatures, *upstream, backend)
+
+
+@_token_stats_bwd_.register_fake
+def _(logits, *_):
+    return None
+
+
+def _fill_gradient(
+    dlogits: Tensor,
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    dlogprobs: Tensor | None,
+    dentropy: Tensor | None,
+    backend: str,
+    first: int = 0,
+) -> None:
+    """Into dlogits, which may be the logits themselves."""
+    if not dlogits.numel():
+        return
+    targets, temperatures, dlogprobs, dentropy = each(
+        Tensor.contiguous, targets, temperatures, dlogprobs, dentropy
+    )
+    rows = vocab.Rows(vocab.addressable(logits), targets, temperature, temperatures, first)
+    vocab.kernels(backend).backward(rows, stats, dlogprobs, dentropy, dlogits)
+
+
 def _setup_context(ctx, inputs, output):
-    logits, targets, ctx.temperature, temperatures, _, ctx.backend = inputs
+    logits, targets, ctx.temperature, temperatures, _, ctx.inplace, ctx.backend = inputs
     ctx.save_for_backward(logits, targets, temperatures, output[2])
     ctx.set_materialize_grads(False)
 
@@ -259,10 +330,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dlogprobs, dentropy, _):
     logits, targets, temperatures, stats = ctx.saved_tensors
     dlogprobs = None if targets is None else dlogprobs
-    dlogits = _token_stats_bwd(
+    backward = _token_stats_bwd_ if ctx.inplace else _token_stats_bwd
+    dlogits = backward(
         logits, targets, ctx.temperature, temperatures, stats, dlogprobs, dentropy, ctx.backend
     )
-    return dlogits, None, None, None, None, None
+    return logits.detach() if ctx.inplace else dlogits, *[None] * 6
 
 
 _token_stats_fwd.register_autograd(_backward, setup_context=_setup_context)

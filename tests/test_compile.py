@@ -23,6 +23,8 @@ def everything(hidden, weight, bias, targets, rewards, values, old, mask, normal
     linear, and_again = sk.linear_logprobs_and_entropy(
         hidden, weight, targets, bias=bias, temperature=temperature, mask=mask
     )
+    states = sk.vocab_shard_stats(logits, targets, 0, temperature, mask)
+    merged = sk.merge_vocab_stats(states[None], logits, targets, 0, temperature, mask)
     ends = sk.segment_ends(entropy, threshold=1.5, mask=mask)
     offsets = sk.segment_offsets(ends, mask=mask)
     scores = sk.segment_scores(rewards, ends, mask=mask)
@@ -45,7 +47,15 @@ def everything(hidden, weight, bias, targets, rewards, values, old, mask, normal
         temperature=temperature,
         mask=mask,
     )
-    losses = scores.sum(), preference.loss, policy, value, fused.loss, and_again.sum()
+    losses = (
+        scores.sum(),
+        preference.loss,
+        policy,
+        value,
+        fused.loss,
+        and_again.sum(),
+        *(x.sum() for x in merged),
+    )
     rest = ends, *offsets, *preference[1:], token_rewards, *estimate, *whole, advantages
     return sum(losses) + entropy.sum() + again.sum(), (*rest, *fused[1:])
 

@@ -13,6 +13,7 @@ from segkernels import (
     vocab_parallel_logprobs_and_entropy,
     vocab_shard_stats,
 )
+from segkernels.vocab_parallel import _merge_stats, _shard_stats
 
 BACKENDS = (REFERENCE, NATIVE)
 SPLITS = [(1000,), (300, 700), (0, 1000), (999, 0, 1), (1, 64, 935), (250, 250, 0, 500)]
@@ -285,12 +286,12 @@ def test_opcheck(masked):
     rest = 1.0, temperatures, mask, "native"
     mine = logits.detach(), targets, 13, *rest
     states = torch.stack(
-        [api._shard_stats(other, targets, 0, *rest), api._shard_stats(*mine)],
+        [_shard_stats(other, targets, 0, *rest), _shard_stats(*mine)],
     )
-    torch.library.opcheck(api._shard_stats, mine)
-    torch.library.opcheck(api._shard_stats, (logits.detach()[..., :0], None, 30, *rest))
-    torch.library.opcheck(api._merge_stats, (states, logits, targets, 13, *rest))
-    torch.library.opcheck(api._merge_stats, (states, logits, None, 13, *rest))
+    torch.library.opcheck(_shard_stats, mine)
+    torch.library.opcheck(_shard_stats, (logits.detach()[..., :0], None, 30, *rest))
+    torch.library.opcheck(_merge_stats, (states, logits, targets, 13, *rest))
+    torch.library.opcheck(_merge_stats, (states, logits, None, 13, *rest))
 
 
 def assert_compiles(loss, logits):

@@ -34,20 +34,16 @@ class Pool {
   bool try_run(Job& job, int threads) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
     if (!busy.owns_lock()) return false;
-    const int helpers = threads - 1;
+    const auto helpers = static_cast<size_t>(threads - 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(workers_.size()) < helpers) {
-        const int index = static_cast<int>(workers_.size());
-        workers_.emplace_back([this, index] { loop(index); });
-      }
+      while (workers_.size() < helpers) workers_.emplace_back([this] { loop(); });
       job_ = &job;
-      wanted_ = helpers;
-      ++generation_;
+      wanted_ = threads - 1;
     }
-    wake_.notify_all();
+    for (size_t i = 0; i < helpers; ++i) wake_.notify_one();
     job.work();
-    // Every piece is taken: who has not woken up by now is not waited for.
+    // A helper that has not come by now is not waited for: it finds no job and sleeps on.
     std::unique_lock<std::mutex> lock(mutex_);
     job_ = nullptr;
     done_.wait(lock, [this] { return running_ == 0; });
@@ -55,23 +51,17 @@ class Pool {
   }
 
  private:
-  void loop(int index) {
-    uint64_t seen = 0;
+  void loop() {
+    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      Job* job;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_ != seen; });
-        seen = generation_;
-        if (index >= wanted_ || !job_) continue;
-        job = job_;
-        ++running_;
-      }
+      wake_.wait(lock, [this] { return job_ && wanted_ > 0; });
+      Job* job = job_;
+      --wanted_;
+      ++running_;
+      lock.unlock();
       job->work();
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (--running_ == 0) done_.notify_one();
-      }
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
     }
   }
 
@@ -81,9 +71,8 @@ class Pool {
   std::condition_variable done_;
   std::vector<std::thread> workers_;
   Job* job_ = nullptr;
-  int wanted_ = 0;
-  int running_ = 0;  // workers that joined the job
-  uint64_t generation_ = 0;
+  int wanted_ = 0;   // helpers that the job still takes
+  int running_ = 0;  // helpers at work on it
 };
 
 // The pool is never destroyed: its threads sleep until the process ends. A forked child has none
@@ -114,9 +103,8 @@ void parallel_for(int64_t count, int64_t grain, int64_t threads,
     Job job;
     job.body = &body;
     job.count = count;
-    // Four chunks a thread: rows are ragged, so equal counts are not equal work.
-    const int64_t chunks = std::min<int64_t>(pieces, int64_t{4} * used);
-    job.chunk = (pieces + chunks - 1) / chunks * grain;
+    // At least four chunks a thread: rows are ragged, so equal counts are not equal work.
+    job.chunk = std::max<int64_t>(1, pieces / (int64_t{4} * used)) * grain;
     if (pool().try_run(job, used)) return;
   }
   body(0, count);

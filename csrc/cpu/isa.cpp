@@ -1,10 +1,12 @@
-// The vocabulary ops: which instruction set runs them, and their rows shared out to threads.
+// The vocabulary ops: which instruction set runs them, and their columns shared out to threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "segk/vocab.h"
@@ -52,70 +54,176 @@ const Isa& isa() {
   return chosen;
 }
 
-// About 64K columns a chunk: enough to pay for waking a thread.
-int64_t grain_of(const VocabRows& rows) {
-  return std::max<int64_t>(1, 65536 / std::max<int64_t>(rows.vocab, 1));
+// Columns that are taken together. Part of every result: the states of a row's spans are merged in
+// order, whichever threads found them.
+constexpr int64_t kSpan = 16384;
+
+// Columns that pay for waking a thread.
+constexpr int64_t kGrain = 32768;
+
+// A gradient of this many bytes is in no cache by the time it is needed: written past the caches,
+// it saves reading the memory that it goes to. A smaller one would then be slower to read.
+constexpr int64_t kStreamed = int64_t{32} << 20;
+
+int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+int64_t spans_of(const VocabRows& rows) { return (rows.vocab + kSpan - 1) / kSpan; }
+
+// How many pieces of this many columns pay for waking a thread.
+int64_t grain_of(int64_t columns) { return std::max<int64_t>(1, kGrain / columns); }
+
+int64_t offset_of(const VocabRows& rows, int64_t row) {
+  return row / rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride;
 }
 
-void finish_rows(const VocabRows& rows, const bool* mask, const RowState* states, float* logprobs,
-                 float* entropy, RowStats* stats, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const bool has_target = rows.targets && rows.targets[row] >= 0;
-    if (mask && !mask[row]) {
-      if (logprobs) logprobs[row] = 0;
-      entropy[row] = 0;
-      stats[row] = {0, 0, 0};
-      continue;
-    }
-    const RowState& state = states[row - begin];
-    // A row of -inf has no maximum and an empty sum.
-    const double sum = state.sum > 0 ? state.sum : std::numeric_limits<double>::quiet_NaN();
-    const double log_sum = std::log(sum);
-    const double mean_shift = state.weighted / sum;
-    entropy[row] = static_cast<float>(log_sum - mean_shift);
-    stats[row] = {static_cast<float>(state.max), static_cast<float>(1 / sum),
-                  static_cast<float>(mean_shift)};
-    if (!logprobs) continue;
-    const double temperature = rows.temperatures ? rows.temperatures[row] : rows.temperature;
-    logprobs[row] =
-        has_target ? static_cast<float>((state.target - state.max) / temperature - log_sum) : 0.0f;
+double temperature_of(const VocabRows& rows, int64_t row) {
+  return rows.temperatures ? rows.temperatures[row] : rows.temperature;
+}
+
+// The target's column in `rows`, or -1.
+int64_t target_of(const VocabRows& rows, int64_t row) {
+  const int64_t column = rows.targets ? rows.targets[row] - rows.first : -1;
+  return column >= 0 && column < rows.vocab ? column : -1;
+}
+
+RowState merged(const RowState& left, const RowState& right, double temperature) {
+  RowState out{std::max(left.max, right.max), 0, 0, left.target};
+  for (const RowState* one : {&left, &right}) {
+    const double lower = (one->max - out.max) / temperature;
+    const double factor = std::exp(lower);
+    out.sum += factor * one->sum;
+    // The distance may be infinite where its factor has vanished.
+    out.weighted += factor * (one->weighted + one->sum * (factor > 0 ? lower : 0));
+  }
+  return out;
+}
+
+// Calls done(row, state) for each row; the state, null for a masked one, is without target.
+template <class Done>
+void each_row(const VocabRows& rows, const bool* mask, int threads, const Done& done) {
+  const VocabKernels& kernels = *isa().kernels;
+  const int64_t spans = spans_of(rows);
+  const auto masked = [&](int64_t row) { return mask && !mask[row]; };
+  const auto span_state = [&](int64_t row, int64_t span) {
+    const int64_t begin = span * kSpan;
+    const auto* logits = static_cast<const char*>(rows.logits) +
+                         (offset_of(rows, row) + begin) * width_of(rows.dtype);
+    return kernels.forward(rows.dtype, logits, std::min(kSpan, rows.vocab - begin),
+                           temperature_of(rows, row));
+  };
+  const auto finish = [&](int64_t row, const auto& state_of) {
+    if (masked(row)) return done(row, nullptr);
+    RowState state = state_of(row, 0);
+    for (int64_t span = 1; span < spans; ++span)
+      state = merged(state, state_of(row, span), temperature_of(rows, row));
+    done(row, &state);
+  };
+
+  if (spans == 1 || rows.count >= 16 * threads) {
+    parallel_for(rows.count, grain_of(rows.vocab), threads, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) finish(row, span_state);
+    });
+    return;
+  }
+  std::vector<RowState> states(static_cast<size_t>(rows.count * spans));
+  parallel_for(rows.count * spans, grain_of(kSpan), threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (!masked(i / spans)) states[i] = span_state(i / spans, i % spans);
+  });
+  for (int64_t row = 0; row < rows.count; ++row)
+    finish(row, [&](int64_t r, int64_t span) { return states[r * spans + span]; });
+}
+
+void take_target(const VocabRows& rows, int64_t row, RowState& state) {
+  const int64_t target = target_of(rows, row);
+  if (target >= 0) state.target = Floats{rows.logits, rows.dtype}[offset_of(rows, row) + target];
+}
+
+void finish_row(const VocabRows& rows, int64_t row, const RowState* state, float* logprobs,
+                float* entropy, RowStats* stats) {
+  if (!state) {
+    if (logprobs) logprobs[row] = 0;
+    entropy[row] = 0;
+    stats[row] = {0, 0, 0};
+    return;
+  }
+  // A row of -inf has an empty sum.
+  const double sum = state->sum > 0 ? state->sum : std::numeric_limits<double>::quiet_NaN();
+  const double log_sum = std::log(sum);
+  const double mean_shift = state->weighted / sum;
+  entropy[row] = static_cast<float>(log_sum - mean_shift);
+  stats[row] = {static_cast<float>(state->max), static_cast<float>(1 / sum),
+                static_cast<float>(mean_shift)};
+  if (!logprobs) return;
+  const double logprob = (state->target - state->max) / temperature_of(rows, row) - log_sum;
+  logprobs[row] = rows.targets[row] >= 0 ? static_cast<float>(logprob) : 0.0f;
+}
+
+void fill_nan(DType dtype, void* out, int64_t n) {
+  if (dtype == DType::f32) {
+    std::fill_n(static_cast<float*>(out), n, std::numeric_limits<float>::quiet_NaN());
+  } else {
+    const uint16_t nan = dtype == DType::bf16 ? 0x7fc0 : 0x7e00;
+    std::fill_n(static_cast<uint16_t*>(out), n, nan);
   }
 }
 
 }  // namespace
 
 void vocab_accumulate(const VocabRows& rows, const bool* mask, RowState* states, int threads) {
-  const VocabKernels& kernels = *isa().kernels;
-  parallel_for(rows.count, grain_of(rows), threads, [&](int64_t begin, int64_t end) {
-    kernels.accumulate(rows, mask, states + begin, begin, end);
+  each_row(rows, mask, threads, [&](int64_t row, const RowState* state) {
+    if (!state) return;
+    states[row] = rows.first == 0 ? *state : merged(states[row], *state, temperature_of(rows, row));
+    take_target(rows, row, states[row]);
   });
 }
 
 void vocab_finish(const VocabRows& rows, const bool* mask, const RowState* states, float* logprobs,
                   float* entropy, RowStats* stats, int threads) {
   parallel_for(rows.count, 4096, threads, [&](int64_t begin, int64_t end) {
-    finish_rows(rows, mask, states + begin, logprobs, entropy, stats, begin, end);
+    for (int64_t row = begin; row < end; ++row) {
+      const RowState* state = mask && !mask[row] ? nullptr : states + row;
+      finish_row(rows, row, state, logprobs, entropy, stats);
+    }
   });
 }
 
 void vocab_forward(const VocabRows& rows, const bool* mask, float* logprobs, float* entropy,
                    RowStats* stats, int threads) {
-  const VocabKernels& kernels = *isa().kernels;
-  parallel_for(rows.count, grain_of(rows), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      RowState state;
-      kernels.accumulate(rows, mask, &state, row, row + 1);
-      finish_rows(rows, mask, &state, logprobs, entropy, stats, row, row + 1);
-    }
+  each_row(rows, mask, threads, [&](int64_t row, RowState* state) {
+    if (state) take_target(rows, row, *state);
+    finish_row(rows, row, state, logprobs, entropy, stats);
   });
 }
 
 void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* dlogprobs,
                     const float* dentropy, void* dlogits, int threads) {
   const VocabKernels& kernels = *isa().kernels;
-  parallel_for(rows.count, grain_of(rows), threads, [&](int64_t begin, int64_t end) {
-    kernels.backward(rows, stats, dlogprobs, dentropy, dlogits, begin, end);
-  });
+  const int64_t spans = spans_of(rows);
+  const int64_t width = width_of(rows.dtype);
+  const bool streaming = dlogits != rows.logits && rows.count * rows.vocab * width >= kStreamed;
+  const auto span_gradient = [&](int64_t row, int64_t begin) {
+    const int64_t n = std::min(kSpan, rows.vocab - begin);
+    const auto* x = static_cast<const char*>(rows.logits) + (offset_of(rows, row) + begin) * width;
+    auto* dx = static_cast<char*>(dlogits) + (row * rows.vocab + begin) * width;
+    const bool has_target = dlogprobs && rows.targets && rows.targets[row] >= 0;
+    const float dlogprob = has_target ? dlogprobs[row] : 0.0f;
+    const float dh = dentropy ? dentropy[row] : 0.0f;
+    if (stats[row].inverse_sum == 0 || (dlogprob == 0 && dh == 0)) {
+      std::memset(dx, 0, static_cast<size_t>(n * width));
+    } else if (std::isnan(stats[row].inverse_sum) || std::isnan(dlogprob) || std::isnan(dh)) {
+      fill_nan(rows.dtype, dx, n);
+    } else {
+      const int64_t target = has_target ? target_of(rows, row) - begin : -1;
+      const RowGradient gradient{stats[row], temperature_of(rows, row), dlogprob, dh,
+                                 target >= 0 && target < n ? target : -1};
+      kernels.backward(rows.dtype, x, dx, n, gradient, streaming);
+    }
+  };
+  parallel_for(rows.count * spans, grain_of(std::min(kSpan, rows.vocab)), threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) span_gradient(i / spans, i % spans * kSpan);
+               });
 }
 
 void vocab_exp(const float* x, float* out, int64_t count) { isa().kernels->exp(x, out, count); }

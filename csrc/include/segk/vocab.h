@@ -54,25 +54,36 @@ void vocab_forward(const VocabRows& rows, const bool* mask, float* logprobs, flo
                    RowStats* stats, int threads);
 
 // dlogits [R, V] of the logits' dtype from dlogprobs [R] and dentropy [R] (either may be null). May
-// be the logits' own memory. Rows without an upstream gradient are not read and get zeros.
+// be the memory of contiguous logits. Rows without an upstream gradient are not read and get zeros.
 void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* dlogprobs,
                     const float* dentropy, void* dlogits, int threads);
 
-// out[i] = exp(x[i]) for x <= 0 as the kernels above compute it.
+// out[i] = exp(x[i]) for x <= 0 as the kernels above compute it: within 1.1 ulp (1.4 with the
+// scalar ones) down to 2^-125.5, 0 below.
 void vocab_exp(const float* x, float* out, int64_t count);
 
 // Instruction set that the vocabulary kernels run with: "scalar", "avx2" or "avx512".
 // Throws std::invalid_argument when SEGKERNELS_ISA asks for one that cannot run here.
 const char* isa_name();
 
-// One table per instruction set, each compiled from vocab.cpp in a namespace of its own. Rows
-// [begin, end) only; `states` are those of these rows, everything else is that of all rows.
+// What the columns of one row share in the backward pass.
+struct RowGradient {
+  RowStats stats;
+  double temperature;
+  float dlogprob;
+  float dentropy;
+  int64_t target;  // the column that is the target, or -1
+};
+
+// One table per instruction set, each compiled from vocab.cpp in a namespace of its own: kernels
+// over n adjacent columns of one row.
 struct VocabKernels {
-  void (*accumulate)(const VocabRows& rows, const bool* mask, RowState* states, int64_t begin,
-                     int64_t end);
-  void (*backward)(const VocabRows& rows, const RowStats* stats, const float* dlogprobs,
-                   const float* dentropy, void* dlogits, int64_t begin, int64_t end);
-  void (*exp)(const float* x, float* out, int64_t count);
+  // Their state, but for the target.
+  RowState (*forward)(DType dtype, const void* logits, int64_t n, double temperature);
+  // `streaming`: dlogits are written past the caches.
+  void (*backward)(DType dtype, const void* logits, void* dlogits, int64_t n,
+                   const RowGradient& row, bool streaming);
+  void (*exp)(const float* x, float* out, int64_t n);
 };
 
 namespace scalar {
