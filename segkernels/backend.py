@@ -52,16 +52,10 @@ def _unserved(op: str, name: str, device: torch.device) -> str:
     if device.type not in devices:
         served = " and ".join(devices) if devices else "no device"
         return f"its {name} implementation serves {served}, the tensors are on {device.type}"
-    return _unserved_gpu(device) if name == "triton" else ""
-
-
-@torch.compiler.assume_constant_result
-def _unserved_gpu(device: torch.device) -> str:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return ""
-    gpu = torch.cuda.get_device_properties(device)
-    if torch.version.hip or gpu.major < 8:
-        return f"its triton implementation serves NVIDIA GPUs from sm_80 on, not {gpu.name}"
+    if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(device)
+        if torch.version.hip or gpu.major < 8:
+            return f"its triton implementation serves NVIDIA GPUs from sm_80 on, not {gpu.name}"
     return ""
 
 
