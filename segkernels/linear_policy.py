@@ -375,9 +375,10 @@ class _Chunks:
         states = hidden_size * (2 * size + 4 + 2 * hidden.dtype.itemsize)
         # An eighth is left to the few numbers per token, and to the buffers of the products.
         free = space.total - space.total // 8 - panels - self.moved * size * vocabulary
-        self.height = even_part(self.rows.count, free // (size * vocabulary + states), 128)
+        most = free // (size * vocabulary + states)
+        self.height = even_part(self.rows.count, most, 128)
         rounds = weight.dtype.itemsize < 4 and self.rows.count > MOST_ROUNDINGS * self.height
-        self.worthwhile = not rounds and self.height >= min(FEWEST_ROWS, self.rows.count)
+        self.worthwhile = not rounds and most >= min(FEWEST_ROWS, self.rows.count)
 
 
 def _three_products(

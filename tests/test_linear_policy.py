@@ -33,15 +33,15 @@ SMALL = {name: case for name, case in CASES.items() if name != "giant"}
 case_names = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
 
 
-def draw(case: Case, dtype=torch.float32, seed=0):
+def draw(case: Case, dtype=torch.float32, seed=0, vocab=VOCAB):
     """Inputs of a flat stream; NaN and impossible targets outside the mask."""
     g = torch.Generator().manual_seed(seed)
     n = case.n_tokens
     off = ~case.mask
     hidden = torch.randn(n, SIZE, generator=g, dtype=torch.float64)
-    weight = torch.randn(VOCAB, SIZE, generator=g, dtype=torch.float64)
-    bias = torch.randn(VOCAB, generator=g, dtype=torch.float64)
-    targets = torch.randint(0, VOCAB, (n,), generator=g)
+    weight = torch.randn(vocab, SIZE, generator=g, dtype=torch.float64)
+    bias = torch.randn(vocab, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, vocab, (n,), generator=g)
     logprobs, _ = linear_logprobs_and_entropy(hidden, weight, targets, bias, 0.9)
     near = [logprobs + torch.randn(n, generator=g, dtype=torch.float64) * 0.3 for _ in range(2)]
     tokens = {
@@ -249,6 +249,18 @@ def test_in_the_dtype_of_the_hidden_states(case, workspace, dtype, gpu_driver):
     kernel = run(Backend("triton"), tokens, params, workspace=workspace, **common)
     readable = {**tokens, "hidden": tokens["hidden"].nan_to_num()}
     baseline = through_logits(readable, params, **common)
+    check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(params), **common))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_clipped_rows_between_others_in_chunks_and_slices(dtype):
+    """Several chunks of the rows and, where the weights are converted, slices of them."""
+    case = CASES["holes"]
+    tokens, params = draw(case, dtype, vocab=300)
+    common = {"cu_seqlens": case.cu_seqlens, "clip": 0.1, "kl_coef": 0.0, "entropy_coef": 0.0}
+    kernel = run(NATIVE, tokens, params, workspace=60_000, **common)
+    baseline = run(REFERENCE, tokens, params, **common)
+    assert 0.2 < kernel[3] < 0.8
     check_close(kernel, baseline, run(REFERENCE, doubles(tokens), doubles(params), **common))
 
 
