@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 kernels = pytest.mark.parametrize("backend", KERNELS)
 # Without Triton's interpreter, which takes a second for what these take a millisecond for.
-compiled = pytest.mark.parametrize("backend", (NATIVE, TRITON[1]))
+compiled = pytest.mark.parametrize("backend", [NATIVE, TRITON[1]])
 storage = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 
