@@ -1,11 +1,11 @@
-# make demo | test | kernels | lint | bench | format | clean. PYTHON chooses the interpreter of the environment.
+# make demo | test | kernels | sanitize | lint | bench | format | clean. PYTHON chooses the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
 
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test kernels lint bench format clean
+.PHONY: setup demo test kernels sanitize lint bench format clean
 setup: .venv/installed .venv/built
 
 demo: setup
@@ -17,6 +17,17 @@ test: setup
 # Compiled for every GPU generation, without a GPU, and held to their budgets.
 kernels: setup
 	PYTHONPATH=. $(BIN)/python tests/kernel_budget.py
+
+# The C++ core without Python. Its threads do not depend on the instruction set.
+sanitize: build/sanitize-address/segk_test build/sanitize-thread/segk_test
+	build/sanitize-address/segk_test
+	build/sanitize-thread/segk_test scalar
+
+build/sanitize-address/segk_test: SANITIZERS := address,undefined
+build/sanitize-thread/segk_test: SANITIZERS := thread
+build/sanitize-%/segk_test: .venv/installed $(SOURCES)
+	$(BIN)/cmake -S . -B $(@D) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSEGK_SANITIZE=$(SANITIZERS)
+	$(BIN)/cmake --build $(@D) --parallel
 
 lint: setup
 	$(BIN)/ruff check .
