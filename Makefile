@@ -1,11 +1,14 @@
-# make demo | test | kernels | sanitize | lint | bench | format | clean. PYTHON chooses the interpreter.
+# make demo | test | kernels | sanitize | lint | bench | gpu | format | clean. PYTHON chooses the
+# interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
+BENCH_ARGS ?=
+GPU_ARGS ?=
 
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test kernels sanitize lint bench format clean
+.PHONY: setup demo test kernels sanitize lint bench gpu format clean
 setup: .venv/installed .venv/built
 
 demo: setup
@@ -35,9 +38,28 @@ lint: setup
 	$(BIN)/mypy segkernels python/segrlhf
 	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
 
-bench: setup
-	$(BIN)/pip install --quiet -c constraints.txt pytest-benchmark
-	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr,rounds
+# Everything, into benchmarks/results/ and the tables of README.md and docs/benchmarks.md; with
+# BENCH_ARGS="-k linear" a part of it, on the screen alone. SEGKERNELS_ISA=avx2 is for torch too.
+BENCH := $(BIN)/python -m pytest benchmarks --quiet --benchmark-quiet
+bench: setup .venv/peers
+ifeq ($(strip $(BENCH_ARGS)),)
+	$(BENCH) --results benchmarks/results
+	$(BIN)/python benchmarks/tables.py
+else
+	$(BENCH) $(BENCH_ARGS)
+endif
+
+# The peers without what they ask for: verl wants an older transformers, and some would bring
+# another torch. What verl's functions import is in the bench extra.
+PEERS := trl verl liger-kernel cut-cross-entropy
+.venv/peers: .venv/installed
+	$(BIN)/pip install --quiet -c constraints.txt "segkernels[bench]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps $(PEERS)
+	touch $@
+
+# Needs no environment: builds in place with PYTHON, which has torch and Triton for the GPU.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix .

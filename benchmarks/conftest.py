@@ -1,0 +1,72 @@
+"""Puts every contender of a case through pytest-benchmark, in alternation.
+
+One test is one case, one round of pytest-benchmark goes through all of its contenders in turn, and
+the time of each is kept apart. ``--benchmark-json`` holds them under ``extra_info``; the result
+file under ``benchmarks/results`` is written at the end of a run over everything.
+"""
+
+import os
+from pathlib import Path
+
+# AVX2 means AVX2 for everybody: torch, its matrix products and what it compiles.
+if os.environ.get("SEGKERNELS_ISA") == "avx2":
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+    os.environ["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+
+import harness
+import pytest
+import tables
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seconds", type=float, default=2.0, help="of alternation for each case (default 2)"
+    )
+    parser.addoption("--results", type=Path, help="write the results of this run here")
+
+
+def pytest_configure(config):
+    config.measured = []
+    config.bandwidth = []
+
+
+@pytest.fixture
+def side_by_side(request, benchmark):
+    """Checks, alternates and records the contenders of a case."""
+    config = request.config
+    if not config.bandwidth:
+        config.bandwidth.append(harness.read_bandwidth())
+
+    def run(case):
+        comparison = harness.compare(case)
+        alternation = comparison.alternation
+        rounds = alternation.rounds(config.getoption("seconds"))
+        benchmark.pedantic(alternation.round, rounds=rounds)
+        results = comparison.finish()
+        benchmark.extra_info["contenders"] = results
+        config.measured += results
+
+    return run
+
+
+def _facts(config):
+    facts = harness.header(torch.device("cpu"))
+    # Other work on the machine only takes bandwidth away: the better of two probes is nearer.
+    config.bandwidth.append(harness.read_bandwidth())
+    return facts | {"read_bandwidth": max(config.bandwidth)}
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    if not config.measured:
+        return
+    facts = _facts(config)
+    terminalreporter.write_line("")
+    terminalreporter.write_line(tables.text(tables.File(facts, config.measured)))
+    path = config.getoption("results")
+    if path is not None and exitstatus == pytest.ExitCode.OK:
+        if path.is_dir():
+            path = path / harness.result_file(facts).name
+        harness.write_results(path, facts, config.measured)
+        terminalreporter.write_line(f"results: {path}")
