@@ -80,10 +80,11 @@ def test_threads_and_padding_change_no_bit(holes, two_threads):
     torch.set_num_threads(1)
     alone = every_op(inputs, case.mask, case.cu_seqlens)
     # Padding in front moves every token, and the grid makes short rows wide.
-    grids = [torch.nn.functional.pad(case.grid(x, NAN), (BLOCK // 2, 0), value=NAN) for x in inputs]
-    mask = torch.nn.functional.pad(case.grid(case.mask, False), (BLOCK // 2, 0))
+    width = 777
+    grids = [torch.nn.functional.pad(case.grid(x, NAN), (width, 0), value=NAN) for x in inputs]
+    mask = torch.nn.functional.pad(case.grid(case.mask, False), (width, 0))
     padded = [
-        [case.flat(x[:, BLOCK // 2 :]) if x.dim() == 2 else x for x in outs]
+        [case.flat(x[:, width:]) if x.dim() == 2 else x for x in outs]
         for outs in every_op(grids, mask, None)
     ]
     for outs in (again, alone, padded):

@@ -105,11 +105,13 @@ void estimate(const Row& row, Scan<Affine<double>>& scan, Gae gae, Reward reward
   scan.walk(
       row,
       [&](int64_t begin, int64_t end) {
-        Affine<double> steps{1, 0};
-        visit_true_backward(
-            begin, end,
-            [&](int64_t t) { steps = combine(gae.leaves(reward(t), values[t]), steps); }, mask);
-        return steps;
+        double ahead = 0;
+        for (int64_t t = end - 1; t >= begin; --t) {
+          if (mask[t]) ahead = gae.leaves(reward(t), values[t])(ahead);
+        }
+        // Not the product of all scales: it would be subnormal for most of the way, and slow.
+        const auto count = static_cast<double>(count_true(begin, end, mask));
+        return Affine<double>{std::pow(gae.decay, count), ahead};
       },
       [&](int64_t begin, int64_t end, Affine<double>, Affine<double> after) {
         const int64_t last = last_true(begin, end, mask);
