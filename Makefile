@@ -1,11 +1,11 @@
-# make demo | test | lint | bench | format | clean. PYTHON chooses the interpreter of the environment.
+# make demo | test | kernels | lint | bench | format | clean. PYTHON chooses the interpreter of the environment.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
 
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint bench format clean
+.PHONY: setup demo test kernels lint bench format clean
 setup: .venv/installed .venv/built
 
 demo: setup
@@ -13,6 +13,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Compiled for every GPU generation, without a GPU, and held to their budgets.
+kernels: setup
+	PYTHONPATH=. $(BIN)/python tests/kernel_budget.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -35,7 +39,7 @@ format: setup
 		if sys.version_info < (3, 10) else 0'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt "setuptools>=77" pybind11 cmake
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[train,test]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[gpu,train,test]"
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES)

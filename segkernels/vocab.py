@@ -57,7 +57,9 @@ def addressable(logits: Tensor) -> Tensor:
 def kernels(backend: str) -> ModuleType:
     """The module whose four functions run on ``backend``."""
     if backend == "triton":
-        from .triton import vocab as kernels
-    else:
-        from . import native_vocab as kernels
-    return kernels
+        from .triton import vocab
+
+        return vocab
+    from . import native_vocab
+
+    return native_vocab

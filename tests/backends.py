@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-import torch
 from torch import Tensor
 
 
@@ -28,11 +29,12 @@ class Backend(str):
         return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def _triton(device: str, *marks: pytest.MarkDecorator) -> object:
-    name = "triton" if device == "cpu" else f"triton-{device}"
-    return pytest.param(Backend("triton", device), marks=[pytest.mark.triton, *marks], id=name)
+def _triton(device: str, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param(
+        Backend("triton", device), marks=[pytest.mark.triton, *marks], id=f"triton-{device}"
+    )
 
 
 REFERENCE = Backend("reference")
 NATIVE = Backend("native")
-TRITON = (_triton("cpu"), _triton("cuda", pytest.mark.gpu))
+TRITON = (_triton("cpu", pytest.mark.interpreter), _triton("cuda", pytest.mark.gpu))

@@ -11,29 +11,31 @@ from segkernels import backend, linear_policy, native_vocab, projection, vocab
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 REQUIRED = os.environ.get("SEGKERNELS_REQUIRE", "").split(",")
 
 
 def pytest_runtest_setup(item):
-    """Skips what cannot run here, unless SEGKERNELS_REQUIRE ("triton", "cuda", both) forbids it."""
-    missing = {}
-    if item.get_closest_marker("triton") and importlib.util.find_spec("triton") is None:
-        missing["triton"] = "triton is not installed"
-    if item.get_closest_marker("gpu"):
-        if not torch.cuda.is_available():
-            missing["cuda"] = "there is no NVIDIA GPU"
-    elif item.get_closest_marker("triton") and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton kernels are compiled for the GPU here, not interpreted")
-    for name, reason in missing.items():
+    """Skips what cannot run here; SEGKERNELS_REQUIRE=triton,cuda (or one) makes that a failure."""
+
+    def missing(name, reason):
         if name in REQUIRED:
             pytest.fail(f"{reason}, and SEGKERNELS_REQUIRE names {name}")
         pytest.skip(reason)
+
+    if item.get_closest_marker("triton") and not TRITON_INSTALLED:
+        missing("triton", "triton is not installed")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        missing("cuda", "there is no NVIDIA GPU")
+    if item.get_closest_marker("interpreter") and not INTERPRETED:
+        pytest.skip("Triton kernels are compiled for the GPU here")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def fma_rounds_once():
     """As it does in hardware. Triton's interpreter rounds the product too, before version 3.9."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+    if not (INTERPRETED and TRITON_INSTALLED):
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

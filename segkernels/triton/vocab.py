@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -103,9 +102,9 @@ def _take(
     x = ()
     for i in tl.static_range(VECTORS):
         if VECTORS == 1:
-            x = x + (tl.load(logits + columns, columns < end, MINUS_INFINITY),)
+            x += (tl.load(logits + columns, columns < end, MINUS_INFINITY),)
         else:
-            x = x + (tl.load(logits + i * (LANES * VEC) + columns),)
+            x += (tl.load(logits + i * (LANES * VEC) + columns),)
     tops = x[0].to(tl.float32)
     for i in tl.static_range(1, VECTORS):
         tops = tl.maximum(tops, x[i].to(tl.float32))
@@ -270,8 +269,8 @@ def _put(
         x = tl.load(logits + columns)
     d = _shifted(x.to(tl.float32), top, inverse)
     dx = _exp(d) * (constant + slope * d)
-    if HAS_TARGET:
-        if (target >= block) & (target < block + BLOCK):  # noqa: SIM102, one is a constant
+    if HAS_TARGET:  # noqa: SIM102
+        if (target >= block) & (target < block + BLOCK):
             dx += tl.where(columns == target, at_target, 0.0)
     tl.store(dlogits + columns, dx.to(x.dtype), within)
 
@@ -338,19 +337,42 @@ def backward_kernel(
         constant = -inverse_sum * at_target - slope * mean
         for block in range(begin, whole, BLOCK):
             _put(
-                logits, dlogits, block, end, top, inverse, constant, slope, target, at_target,
-                dlogprobs is not None, VEC, UNROLL_BACKWARD,
+                logits,
+                dlogits,
+                block,
+                end,
+                top,
+                inverse,
+                constant,
+                slope,
+                target,
+                at_target,
+                dlogprobs is not None,
+                VEC,
+                UNROLL_BACKWARD,
             )
         for block in range(whole, end, LANES * VEC):
             _put(
-                logits, dlogits, block, end, top, inverse, constant, slope, target, at_target,
-                dlogprobs is not None, VEC, 1,
+                logits,
+                dlogits,
+                block,
+                end,
+                top,
+                inverse,
+                constant,
+                slope,
+                target,
+                at_target,
+                dlogprobs is not None,
+                VEC,
+                1,
             )
 
 
 def _slices(rows: Rows, dlogits: Tensor | None = None) -> dict[str, Any]:
     """How the kernels find their columns."""
     inner, *strides = rows.strides
+    plain = rows.temperatures is None and rows.temperature == 1
     size = rows.logits.itemsize
     bytes_apart = [stride * size for stride in strides]
     addresses = [rows.logits.data_ptr()]
@@ -363,7 +385,7 @@ def _slices(rows: Rows, dlogits: Tensor | None = None) -> dict[str, Any]:
         "inner_stride": strides[1],
         "vocab": rows.logits.shape[-1],
         "first": rows.first,
-        "inverse": None if rows.temperature == 1 else 1 / rows.temperature,
+        "inverse": None if plain else 1 / rows.temperature,
         "VEC": 16 // size,
         "ALIGNED": not any(n % 16 for n in (*bytes_apart, *addresses)),
     }
