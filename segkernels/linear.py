@@ -52,8 +52,9 @@ def linear_logprobs_and_entropy(
     the dtype of ``hidden``, as they are where a model computes them; all sums are float32.
 
     The products are of the rows that count alone: those in the mask, in the backward pass those
-    with an upstream gradient. On a GPU the host waits for their number once a pass, twice with a
-    mask; it does not while a CUDA graph is captured, where all rows take part.
+    with an upstream gradient. On a GPU the host must wait for their number, in the backward pass
+    and, with a mask, in the forward pass. While a CUDA graph is captured it cannot, and all rows
+    take part.
 
     Args:
         hidden: last hidden states ``[..., D]``. float32, bfloat16 or float16, read as float32;
@@ -91,7 +92,7 @@ def linear_logprobs_and_entropy(
         return reference.linear_logprobs_and_entropy(
             hidden, weight, targets, bias, per_row(scalar, temperatures), mask
         )
-    logprobs, entropy, _ = _linear_fwd(
+    logprobs, entropy, _ = linear_fwd(
         hidden,
         weight,
         targets,
@@ -106,7 +107,7 @@ def linear_logprobs_and_entropy(
 
 
 @torch.library.custom_op("segkernels::linear_logprobs_and_entropy_fwd", mutates_args=())
-def _linear_fwd(
+def linear_fwd(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor | None,
@@ -151,13 +152,13 @@ def _linear_fwd(
     return logprobs, rows.put(entropy), rows.put(stats)
 
 
-@_linear_fwd.register_fake
+@linear_fwd.register_fake
 def _(hidden, weight, targets, *_):
     return empty_stats(hidden.shape[:-1], targets, hidden)
 
 
 @torch.library.custom_op("segkernels::linear_logprobs_and_entropy_bwd", mutates_args=())
-def _linear_bwd(
+def linear_bwd(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor | None,
@@ -224,7 +225,7 @@ def _linear_bwd(
     )
 
 
-@_linear_bwd.register_fake
+@linear_bwd.register_fake
 def _(
     hidden,
     weight,
@@ -256,7 +257,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dlogprobs, dentropy, _):
     hidden, weight, targets, bias, temperatures, stats = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    dhidden, dweight, dbias = _linear_bwd(
+    dhidden, dweight, dbias = linear_bwd(
         hidden,
         weight,
         targets,
@@ -280,4 +281,4 @@ def _backward(ctx, dlogprobs, dentropy, _):
     )
 
 
-_linear_fwd.register_autograd(_backward, setup_context=_setup_context)
+linear_fwd.register_autograd(_backward, setup_context=_setup_context)

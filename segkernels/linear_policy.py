@@ -20,7 +20,7 @@ from .layout import (
     layout_of,
     values_may_be_checked,
 )
-from .linear import _linear_bwd, _linear_fwd, linear_logprobs_and_entropy
+from .linear import linear_bwd, linear_fwd, linear_logprobs_and_entropy
 from .ppo_loss import Aggregation, check_aggregation, check_clip
 from .projection import (
     HiddenRows,
@@ -90,11 +90,11 @@ def linear_policy_loss(
     loss, and for that moment holds them twice. Where none is wanted (``torch.no_grad``) there is
     one product. A second derivative is refused.
 
-    The gradient of bfloat16 weights is rounded once a chunk where they are also what is computed
-    with, or where several chunks are added. Where those would be more than 16, or a chunk less than
-    32 rows, and always in float16, whose range needs the scale of the loss before anything is
-    rounded, the gradients are those of :func:`segkernels.linear_logprobs_and_entropy`: four
-    products. A larger ``workspace`` makes larger chunks.
+    The gradient of bfloat16 weights is rounded after every chunk. Where that would be more than 16
+    times, where a chunk would have less than 32 rows, and always in float16, whose range needs the
+    scale of the loss before anything is rounded, the gradients are formed as those of
+    :func:`segkernels.linear_logprobs_and_entropy` are, with a fourth product. A larger
+    ``workspace`` makes larger chunks.
 
     Source: arXiv 1707.06347, equation 7; arXiv 2501.02790 for the surrounding method. The KL term
     is the k3 estimator of http://joschu.net/blog/kl-approx.html.
@@ -116,8 +116,8 @@ def linear_policy_loss(
         aggregation: see :func:`segkernels.policy_loss`.
         workspace: bytes of extra memory, the gradients apart; None for 64 MiB on CPUs, 512 MiB on
             GPUs.
-        backend: see ``segkernels.backend``; float32 and host synchronisation as in
-            :func:`segkernels.linear_logprobs_and_entropy`, and one more a chunk.
+        backend: see ``segkernels.backend``; dtypes and waits of the host are those of
+            :func:`segkernels.linear_logprobs_and_entropy`, with one more wait for each chunk.
 
     Returns:
         ``PolicyLoss``; ``loss`` is differentiable in ``hidden``, ``weight`` and ``bias``, the other
@@ -340,14 +340,14 @@ def _policy_fwd(
     needs = (need_hidden, need_weight, need_bias)
     where = (workspace, backend)
     if not any(needs):
-        logprobs, entropy, _ = _linear_fwd(*rows, mask, *where)
+        logprobs, entropy, _ = linear_fwd(*rows, mask, *where)
         gradients = _empty_gradients((hidden, weight, bias), needs)
     elif (chunks := _Chunks(hidden, weight, mask, *where)).worthwhile:
         logprobs, entropy, gradients = _three_products(*rows, objective, chunks, *needs, backend)
     else:
-        logprobs, entropy, stats = _linear_fwd(*rows, mask, *where)
+        logprobs, entropy, stats = linear_fwd(*rows, mask, *where)
         slopes = objective.slopes(logprobs)
-        gradients = _linear_bwd(*rows, stats, *slopes, *needs, *where)
+        gradients = linear_bwd(*rows, stats, *slopes, *needs, *where)
     loss, clip_fraction, approx_kl = objective.results(logprobs, entropy)
     return loss, logprobs, entropy, clip_fraction, approx_kl, *gradients
 

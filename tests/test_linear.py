@@ -8,7 +8,7 @@ from tolerance import assert_close
 
 from segkernels import linear_logprobs_and_entropy, logprobs_and_entropy, projection
 from segkernels.backend import BackendError
-from segkernels.linear import _linear_bwd, _linear_fwd
+from segkernels.linear import linear_bwd, linear_fwd
 from segkernels.projection import WORKSPACE
 
 BACKENDS = (REFERENCE, NATIVE)
@@ -226,14 +226,14 @@ def test_rows_without_upstream_gradient_take_no_part():
     """Their hidden states are destroyed between the passes; every gradient stays a number."""
     hidden, weight, bias, targets = draw((8,), 30, 16, torch.float32)
     targets[0] = -100
-    _, entropy, stats = _linear_fwd(hidden, weight, targets, bias, 1.0, None, None, *WHERE)
+    _, entropy, stats = linear_fwd(hidden, weight, targets, bias, 1.0, None, None, *WHERE)
     up = torch.zeros_like(entropy)
     up[[0, 3]] = 2.0
-    expected = _linear_bwd(
+    expected = linear_bwd(
         hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True, *WHERE
     )
     hidden[torch.arange(8) != 3] = NAN
-    got = _linear_bwd(
+    got = linear_bwd(
         hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True, *WHERE
     )
     for a, b in zip(got, expected, strict=True):
@@ -324,15 +324,15 @@ def test_opcheck(masked):
     mask = torch.rand(3, 4, generator=generator()) < 0.5 if masked else None
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
     torch.library.opcheck(
-        _linear_fwd, (inputs[0], inputs[1], targets, inputs[2], 0.7, None, mask, *WHERE)
+        linear_fwd, (inputs[0], inputs[1], targets, inputs[2], 0.7, None, mask, *WHERE)
     )
-    torch.library.opcheck(_linear_fwd, (inputs[0], inputs[1], None, None, 0.7, None, mask, *WHERE))
+    torch.library.opcheck(linear_fwd, (inputs[0], inputs[1], None, None, 0.7, None, mask, *WHERE))
     detached = [t.detach() for t in inputs]
-    stats = _linear_fwd(detached[0], detached[1], targets, detached[2], 0.7, None, mask, *WHERE)[2]
+    stats = linear_fwd(detached[0], detached[1], targets, detached[2], 0.7, None, mask, *WHERE)[2]
     up = torch.randn(3, 4, generator=generator())
     for needs in ((True, True, True), (False, True, False)):
         torch.library.opcheck(
-            _linear_bwd,
+            linear_bwd,
             (
                 detached[0],
                 detached[1],
