@@ -124,3 +124,16 @@ def test_the_first_nan_of_a_giant_row_is_named(two_threads):
         sk.segment_ends(
             entropy, case.mask, THRESHOLD, cu_seqlens=case.cu_seqlens, entropy_of="current"
         )
+
+
+def test_every_byte_but_zero_is_true():
+    """A change of view makes bool tensors of any bytes; counted as numbers they would overrun."""
+    case = giant_case(0.3, (3, 40, BLOCK * 2, 9))
+    inputs = draw(case, 0.1)
+    expected = every_op(inputs, case.mask, case.cu_seqlens)
+    g = torch.Generator().manual_seed(0)
+    for low in (2, 255):
+        bytes_ = torch.randint(low, 256, case.mask.shape, generator=g, dtype=torch.uint8)
+        odd = (bytes_ * case.mask).view(torch.bool)
+        for got, kind in zip(every_op(inputs, odd, case.cu_seqlens), expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, kind, strict=True))

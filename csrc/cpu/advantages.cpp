@@ -50,8 +50,10 @@ struct Payment {
   // From the last token to the first, some at a time: first all shares, then who gets which.
   void walk(int64_t begin, int64_t end, Pieces before, Pieces after) const {
     constexpr int64_t kChunk = 256;
-    int64_t at[kChunk];    // ends
-    int32_t upto[kChunk];  // action tokens up to each
+    uint8_t action[kChunk];
+    uint8_t closes[kChunk];  // whether a segment ends there
+    int32_t at[kChunk];      // where they end, from the chunk's start on
+    int32_t upto[kChunk];    // action tokens up to there
     float shares[kChunk + 1];
     int64_t k = before.segments + count_true(begin, end, ends, mask);
     const int64_t total = k + after.segments;
@@ -66,29 +68,34 @@ struct Payment {
         stop = start;
         continue;
       }
+      const auto size = static_cast<int32_t>(stop - start);
+      for (int32_t i = 0; i < size; ++i) {
+        action[i] = mask[start + i];
+        closes[i] = ends[start + i] & mask[start + i];
+      }
       int32_t tokens = 0;
-      int64_t found = 0;
-      for (int64_t t = start; t < stop; ++t) {
-        tokens += mask[t];
-        at[found] = t;
+      int32_t found = 0;
+      for (int32_t i = 0; i < size; ++i) {
+        tokens += action[i];
+        at[found] = i;
         upto[found] = tokens;
-        found += ends[t] & mask[t];
+        found += closes[i];
       }
       k -= found;
       int64_t previous = found ? -tail(begin, start, before.tail) : 0;
-      for (int64_t i = 0; i < found; ++i) {
-        shares[i] = credit(rewards[at[i]], k + i, total, upto[i] - previous);
+      for (int32_t i = 0; i < found; ++i) {
+        shares[i] = credit(rewards[start + at[i]], k + i, total, upto[i] - previous);
         previous = upto[i];
       }
       shares[found] = open;
       if (credit.spread == Spread::last) {
         std::fill(out + start, out + stop, 0.0f);
-        for (int64_t i = 0; i < found; ++i) out[at[i]] = shares[i];
+        for (int32_t i = 0; i < found; ++i) out[start + at[i]] = shares[i];
       } else {
         const float* share = shares;
-        for (int64_t t = start; t < stop; ++t) {
-          out[t] = keep(mask[t], *share);
-          share += ends[t] & mask[t];
+        for (int32_t i = 0; i < size; ++i) {
+          out[start + i] = keep(action[i], *share);
+          share += closes[i];
         }
       }
       open = shares[0];

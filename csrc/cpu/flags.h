@@ -1,5 +1,5 @@
-// Masks and ends eight tokens at a time. A bool is one byte, 0 or 1, and is read as such: compilers
-// vectorise loops over bytes. Functions of several arrays look at where all of them are 1.
+// Masks and ends, also eight tokens at a time. Functions of several arrays look at where all of
+// them are true.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +10,15 @@
 
 namespace segk {
 
-using Flags = const uint8_t*;
+// Bools as the bytes that they are, because compilers vectorise loops over bytes. A tensor that
+// became one of bools by a change of view may hold any byte, so reads give 0 or 1.
+struct Flags {
+  const uint8_t* data;
 
-inline Flags flags_of(const bool* flags) { return reinterpret_cast<Flags>(flags); }
+  uint8_t operator[](int64_t t) const { return data[t] != 0; }
+};
+
+inline Flags flags_of(const bool* flags) { return {reinterpret_cast<const uint8_t*>(flags)}; }
 
 // value where the flag is 1, else 0, without a branch.
 inline float keep(uint8_t flag, float value) {
@@ -23,10 +29,12 @@ inline float keep(uint8_t flag, float value) {
 
 namespace detail {
 
-// Flags of tokens t to t + 8 as the bytes of a word, the first in the lowest.
+// Flags of tokens t to t + 8 as the bytes of a word, 0 or 1, the first in the lowest.
 inline uint64_t eight(Flags flags, int64_t t) {
   uint64_t word;
-  std::memcpy(&word, flags + t, sizeof word);
+  std::memcpy(&word, flags.data + t, sizeof word);
+  for (const int shift : {4, 2, 1}) word |= word >> shift;
+  word &= 0x0101010101010101;
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
   word = __builtin_bswap64(word);
 #endif
