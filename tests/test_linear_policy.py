@@ -420,6 +420,16 @@ def test_the_scale_of_the_loss_is_not_rounded_with_the_gradient():
     assert torch.equal(third, (whole.double() / 3).bfloat16())
 
 
+def test_bf16_autocast_changes_nothing():
+    case = CASES["holes"]
+    tokens, params = draw(case)
+    plain = run(NATIVE, tokens, params, cu_seqlens=case.cu_seqlens)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(NATIVE, tokens, params, cu_seqlens=case.cu_seqlens)
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_second_derivative_is_refused():
     case = CASES["two tokens"]
     tokens, params = draw(case)
