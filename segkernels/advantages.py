@@ -8,7 +8,14 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, check_like, layout_of
+from .layout import (
+    check_bools,
+    check_coefficient,
+    check_floats,
+    check_like,
+    layout_of,
+    number,
+)
 from .moments import all_reduce
 from .normalizer import Normalizer
 from .reference import advantages as reference
@@ -129,10 +136,7 @@ def segment_advantages(
     _check_floats_like("values", values, rewards)
     check_bools("mask", mask, "rewards", rewards)
     check_credit(normalizer, spread, reduction, clip)
-    if not abs(kl_coef) < float("inf"):
-        raise ValueError(
-            f"kl_coef: expected a finite number, got {kl_coef}; pass 0.0 for no penalty"
-        )
+    check_coefficient("kl_coef", kl_coef)
     _check_discounts(gamma, lam)
     rewards, values = rewards.detach(), values.detach()
     logprobs, ref_logprobs = logprobs.detach(), ref_logprobs.detach()
@@ -219,7 +223,7 @@ def _check_floats_like(name: str, tensor: Tensor, rewards: Tensor) -> None:
 
 def _check_discounts(gamma: float, lam: float) -> None:
     for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
+        if not 0 <= number(name, value) <= 1:
             raise ValueError(
                 f"{name}: expected a number in [0, 1], got {value}; 1.0 discounts nothing"
             )

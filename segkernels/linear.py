@@ -67,7 +67,7 @@ def linear_logprobs_and_entropy(
 
     Source: the entropy that cuts segments, arXiv 2501.02790, section 2.2.
     """
-    _check_projection(hidden, weight, bias)
+    check_projection(hidden, weight, bias)
     targets, scalar, temperatures = check_row_inputs(
         "hidden[..., 0]", hidden.select(-1, 0), targets, temperature, mask
     )
@@ -84,7 +84,7 @@ def linear_logprobs_and_entropy(
     return (None if targets is None else logprobs), entropy
 
 
-def _check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_floats("hidden", hidden)
     check_floats("weight", weight)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, layout_of
+from .layout import check_bools, check_device, check_floats, check_tensor, layout_of, number
 from .reference import segments as reference
 
 
@@ -62,7 +62,7 @@ def segment_ends(
     layout = layout_of("entropy", entropy, cu_seqlens)
     check_floats("entropy", entropy)
     check_bools("mask", mask, "entropy", entropy)
-    threshold = float(threshold)
+    threshold = number("threshold", threshold)
     if math.isnan(threshold):
         raise ValueError("threshold: expected nats or +-inf, got NaN; pass e.g. 1.75")
     if entropy_of not in ("next", "current"):
@@ -70,6 +70,9 @@ def segment_ends(
             f"entropy_of: expected 'next' or 'current', got {entropy_of!r}; 'next' is the entropy "
             "of logits[t], 'current' that of the distribution which produced token t"
         )
+    if not isinstance(exclude_last, bool):
+        check_tensor("exclude_last", exclude_last)
+        check_device("exclude_last", exclude_last, "entropy", entropy)
     if isinstance(exclude_last, bool):
         exclude_last = torch.full(
             (layout.n_rows,), exclude_last, dtype=torch.bool, device=entropy.device
