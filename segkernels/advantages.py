@@ -8,7 +8,15 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, check_like, constants, layout_of
+from .layout import (
+    check_bools,
+    check_coefficient,
+    check_floats,
+    check_like,
+    constants,
+    layout_of,
+    number,
+)
 from .moments import all_reduce
 from .normalizer import Normalizer
 from .reference import advantages as reference
@@ -129,10 +137,7 @@ def segment_advantages(
     _check_floats_like("values", values, rewards)
     check_bools("mask", mask, "rewards", rewards)
     check_credit(normalizer, spread, reduction, clip)
-    if not abs(kl_coef) < float("inf"):
-        raise ValueError(
-            f"kl_coef: expected a finite number, got {kl_coef}; pass 0.0 for no penalty"
-        )
+    check_coefficient("kl_coef", kl_coef)
     _check_discounts(gamma, lam)
     rewards, logprobs, ref_logprobs, values = constants(rewards, logprobs, ref_logprobs, values)
     chosen = choose("segment_advantages", rewards, logprobs, ref_logprobs, values, backend=backend)
@@ -218,7 +223,7 @@ def _check_floats_like(name: str, tensor: Tensor, rewards: Tensor) -> None:
 
 def _check_discounts(gamma: float, lam: float) -> None:
     for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
+        if not 0 <= number(name, value) <= 1:
             raise ValueError(
                 f"{name}: expected a number in [0, 1], got {value}; 1.0 discounts nothing"
             )

@@ -97,7 +97,10 @@ def _choose(op: str, device: torch.device, double: bool, backend: str | None) ->
     if asked is not None:
         if asked not in NAMES:
             source = "backend" if backend else "SEGKERNELS_BACKEND"
-            raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {asked!r}")
+            raise ValueError(
+                f"{source}: expected one of {', '.join(NAMES)}, got {asked!r}; leave it out to "
+                "choose by device"
+            )
         reason = _refusal(op, asked, device, double)
         if reason:
             raise BackendError(f"{op}: backend {asked!r} cannot run: {reason}")

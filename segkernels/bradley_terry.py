@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import Layout, check_bools, check_floats, constants, layout_of
+from .layout import Layout, check_bools, check_device, check_floats, constants, layout_of, number
 from .reference import bradley_terry as reference
 
 Reduction = Literal["mean", "sum"]
@@ -132,13 +132,14 @@ def segment_bradley_terry(
                 f"margin: expected shape [{pairs}], one per pair, got {list(margin.shape)}; pass "
                 "how much better each chosen row is"
             )
+        check_device("margin", margin, "rewards", rewards)
         (margin,) = constants(margin)
-    if not 0 <= label_smoothing <= 1:
+    if not 0 <= number("label_smoothing", label_smoothing) <= 1:
         raise ValueError(
             f"label_smoothing: expected a probability in [0, 1], got {label_smoothing}; "
             "pass 0.0 to trust every label"
         )
-    if not center_coef >= 0:
+    if not number("center_coef", center_coef) >= 0:
         raise ValueError(
             f"center_coef: expected a weight >= 0, got {center_coef}; pass 0.0 for no centring"
         )

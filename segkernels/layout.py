@@ -89,6 +89,7 @@ def layout_of(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> Layout:
     Raises ValueError or TypeError (what, expected, got, remedy) for shapes, dtypes and devices that
     make no stream. The values of ``cu_seqlens`` are checked by ``Layout.check_rows``.
     """
+    check_tensor(name, tensor)
     if cu_seqlens is None:
         if tensor.dim() != 2:
             raise ValueError(
@@ -101,6 +102,7 @@ def layout_of(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> Layout:
             f"{name}: expected shape [tokens] because cu_seqlens is given, got "
             f"{list(tensor.shape)}; drop cu_seqlens for a grid, or flatten the tensor"
         )
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"cu_seqlens: expected int32, got {cu_seqlens.dtype}; pass cu_seqlens.int()"
@@ -110,17 +112,15 @@ def layout_of(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> Layout:
             f"cu_seqlens: expected shape [rows + 1], got {list(cu_seqlens.shape)}; "
             "it starts with 0 and ends with the number of tokens"
         )
-    if cu_seqlens.device != tensor.device:
-        raise ValueError(
-            f"cu_seqlens: expected device {tensor.device} like {name}, got "
-            f"{cu_seqlens.device}; move it with .to({name}.device)"
-        )
+    check_device("cu_seqlens", cu_seqlens, name, tensor)
     if tensor.shape[0] >= 2**31:
         raise ValueError(
             f"{name}: expected fewer than 2^31 tokens with cu_seqlens, got {tensor.shape[0]}; "
             "split the stream"
         )
-    return Layout(tensor.shape, cu_seqlens.shape[0] - 1, cu_seqlens.int().contiguous())
+    if cu_seqlens.dtype == torch.int64:  # what int32 cannot hold stays wrong instead of wrapping
+        cu_seqlens = cu_seqlens.clamp(-1, 2**31 - 1).int()
+    return Layout(tensor.shape, cu_seqlens.shape[0] - 1, cu_seqlens.contiguous())
 
 
 def constants(*tensors: Tensor) -> list[Tensor]:
@@ -128,7 +128,23 @@ def constants(*tensors: Tensor) -> list[Tensor]:
     return [t.detach() if t.requires_grad else t for t in tensors]
 
 
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """A tensor whose elements have addresses."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}; convert it with "
+            "torch.as_tensor"
+        )
+    if tensor.is_nested or tensor.layout != torch.strided:
+        form = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise TypeError(
+            f"{name}: expected a dense tensor, got {form}; pass a padded one, or a flat one with "
+            "cu_seqlens"
+        )
+
+
 def check_floats(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}; "
@@ -143,6 +159,10 @@ def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
             f"{name}: expected shape {list(like.shape)} like {like_name}, got "
             f"{list(tensor.shape)}; pass the {name} of the same token stream"
         )
+    check_device(name, tensor, like_name, like)
+
+
+def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(
             f"{name}: expected device {like.device} like {like_name}, got {tensor.device}; "
@@ -152,6 +172,25 @@ def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
 
 def check_bools(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """A bool tensor of the same shape and device."""
+    check_tensor(name, tensor)
     if tensor.dtype != torch.bool:
         raise TypeError(f"{name}: expected bool, got {tensor.dtype}; pass {name}.bool()")
     check_like(name, tensor, like_name, like)
+
+
+def number(name: str, value: float) -> float:
+    """``value`` as a float. Tensors of one element and numpy's numbers are numbers; text is not."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name}: expected a number, got {type(value).__name__}; pass a float")
+
+
+def check_coefficient(name: str, value: float) -> None:
+    """The weight of a term: any finite number."""
+    if not abs(number(name, value)) < float("inf"):
+        raise ValueError(
+            f"{name}: expected a finite number, got {value}; pass 0.0 to leave its term out"
+        )

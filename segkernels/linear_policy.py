@@ -15,6 +15,7 @@ from .backend import choose
 from .layout import (
     Layout,
     check_bools,
+    check_coefficient,
     check_floats,
     check_like,
     layout_of,
@@ -129,23 +130,24 @@ def linear_policy_loss(
         TypeError: dtypes that do not fit.
     """
     layout = layout_of("targets", targets, cu_seqlens)
+    check_projection(hidden, weight, bias)
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"hidden: expected shape {[*targets.shape, 'D']} to fit targets, got "
             f"{list(hidden.shape)}; pass the hidden state that predicts each target"
         )
-    for name, tensor in (
-        ("old_logprobs", old_logprobs),
-        ("advantages", advantages),
-        ("ref_logprobs", ref_logprobs),
-    ):
-        if tensor is not None:
-            check_floats(name, tensor)
-            check_like(name, tensor, "targets", targets)
+    per_token = [("old_logprobs", old_logprobs), ("advantages", advantages)]
+    if ref_logprobs is not None:
+        per_token.append(("ref_logprobs", ref_logprobs))
+    for name, tensor in per_token:
+        check_floats(name, tensor)
+        check_like(name, tensor, "targets", targets)
     check_bools("mask", mask, "targets", targets)
     check_clip(clip)
     check_aggregation(aggregation)
     check_workspace(workspace)
+    check_coefficient("kl_coef", kl_coef)
+    check_coefficient("entropy_coef", entropy_coef)
     if kl_coef and ref_logprobs is None:
         raise ValueError(
             f"ref_logprobs: expected a tensor because kl_coef is {kl_coef}, got None; pass the "
@@ -325,6 +327,7 @@ def _policy_fwd(
     if values_may_be_checked(hidden):
         check_row_values(weight.shape[0], targets, temperatures, mask)
     layout = layout_of("targets", targets, cu_seqlens)
+    layout.check_rows()
     objective = _Objective.of(
         old_logprobs,
         advantages,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import moments, native
 from .backend import choose
-from .layout import check_bools, check_floats, check_like, constants, layout_of
+from .layout import check_bools, check_floats, check_like, constants, layout_of, number
 from .reference._actions import actions
 from .reference.rewards import segments
 
@@ -109,7 +109,7 @@ class Normalizer:
 
 
 def _finite(owner: str, name: str, value: float) -> float:
-    value = float(value)
+    value = number(f"{owner}: {name}", value)
     if not math.isfinite(value):
         raise ValueError(
             f"{owner}: {name}: expected finite numbers, got {value}; fit the normaliser again on "
@@ -120,7 +120,7 @@ def _finite(owner: str, name: str, value: float) -> float:
 
 def _std_floor(owner: str, min_std: float | None, std: float, where: str) -> float:
     """min_std, or a tenth of ``std``; positive."""
-    floor = std / 10 if min_std is None else float(min_std)
+    floor = std / 10 if min_std is None else number(f"{owner}: min_std", min_std)
     if not (floor > 0 and math.isfinite(floor)):
         got = f"{floor}" if min_std is not None else f"a tenth of {where} = {std}"
         raise ValueError(
@@ -348,6 +348,7 @@ def fit_location(
     """
     check_floats("positions", positions)
     check_floats("rewards", rewards)
+    _check_epsilon(epsilon)
     check_like("rewards", rewards, "positions", positions)
     if positions.dim() != 1 or positions.numel() == 0:
         raise ValueError(
@@ -362,6 +363,13 @@ def fit_location(
             "pass segment_positions(ends, mask)"
         )
     return _fit(_by_position(p, rewards, POSITION_STEPS), epsilon, min_std)
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not 1 < number("epsilon", epsilon) < math.inf:
+        raise ValueError(
+            f"epsilon: expected a finite number over 1, got {epsilon}; 1.35 is Huber's choice"
+        )
 
 
 def _check_finite_rewards(not_finite: int, segments: int) -> None:
@@ -452,9 +460,10 @@ class RunningLocationNormalizer(Normalizer):
         epsilon: float = 1.35,
         min_std: float | None = None,
     ) -> None:
-        if bins < 1:
-            raise ValueError(f"bins: expected 1 or more, got {bins}; 1000 is three decimals of p")
-        if not 0 < decay <= 1:
+        if not (isinstance(bins, int) and bins >= 1):
+            raise ValueError(f"bins: expected 1 or more, got {bins!r}; 1000 is three decimals of p")
+        _check_epsilon(epsilon)
+        if not 0 < number("decay", decay) <= 1:
             raise ValueError(
                 f"decay: expected a number in (0, 1], got {decay}; 1 keeps all of the past"
             )
@@ -599,21 +608,25 @@ def _dense(columns: Mapping[str, list], bins: int) -> Tensor:
 
 def normalizer_from_dict(values: Mapping[str, Any]) -> Normalizer:
     """The normaliser that ``to_dict`` wrote. Raises ValueError for what is none."""
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"normalizer: expected a dict, got {type(values).__name__}; pass what to_dict() gave"
+        )
     options = dict(values)
     kind = options.pop("type", None)
-    if kind == RunningLocationNormalizer.type:
-        running = RunningLocationNormalizer()
-        running.load_state_dict(options)
-        return running
     kinds = {cls.type: cls for cls in (LocationNormalizer, TableNormalizer, ScalarNormalizer)}
-    if kind not in kinds:
+    if kind != RunningLocationNormalizer.type and kind not in list(kinds):
         raise ValueError(
             f"normalizer: expected type line, table, scalar or running, got {kind!r}; write the "
             "file with 'segrlhf fit-normalizer' or to_dict()"
         )
     try:
-        return kinds[kind](**options)
-    except TypeError as error:
+        if kind in kinds:
+            return kinds[kind](**options)
+        running = RunningLocationNormalizer()
+        running.load_state_dict(options)
+        return running
+    except (TypeError, KeyError, IndexError) as error:
         raise ValueError(
             f"normalizer: expected the fields of type {kind}, got {sorted(options)} ({error}); "
             "write the file with 'segrlhf fit-normalizer' or to_dict()"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import Layout, check_bools, check_floats, check_like, constants, layout_of
+from .layout import Layout, check_bools, check_floats, check_like, constants, layout_of, number
 from .reference import ppo_loss as reference
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
@@ -160,7 +160,7 @@ def check_aggregation(aggregation: str) -> None:
 
 
 def check_clip(clip: float) -> None:
-    if not clip > 0:
+    if not number("clip", clip) > 0:
         raise ValueError(
             f"clip: expected a positive number, got {clip}; pass math.inf to clip nothing"
         )

@@ -71,7 +71,14 @@ def parts_of(count: int, size: int) -> Iterator[slice]:
 
 
 def check_workspace(workspace: int | None) -> None:
-    if workspace is not None and workspace <= 0:
+    if workspace is None:
+        return
+    if not isinstance(workspace, int):
+        raise TypeError(
+            f"workspace: expected a number of bytes, got {type(workspace).__name__}; "
+            "None takes the default"
+        )
+    if workspace <= 0:
         raise ValueError(
             f"workspace: expected a positive number of bytes, got {workspace}; "
             "None takes the default"

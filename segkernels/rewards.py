@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, constants, layout_of
+from .layout import check_bools, check_floats, constants, layout_of, number
 from .normalizer import Normalizer
 from .reference import rewards as reference
 
@@ -115,7 +115,7 @@ def check_credit(normalizer: Normalizer | None, spread: str, reduction: str, cli
             f"reduction: expected 'sum' or 'mean', got {reduction!r}; 'mean' divides by the number "
             "of segments"
         )
-    if not clip > 0:
+    if not number("clip", clip) > 0:
         raise ValueError(
             f"clip: expected a positive number, got {clip}; pass math.inf to clip nothing"
         )

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, constants, layout_of
+from .layout import (
+    Layout,
+    check_bools,
+    check_device,
+    check_floats,
+    check_tensor,
+    constants,
+    layout_of,
+    number,
+)
 from .reference import segments as reference
 
 
@@ -61,7 +70,7 @@ def segment_ends(
     layout = layout_of("entropy", entropy, cu_seqlens)
     check_floats("entropy", entropy)
     check_bools("mask", mask, "entropy", entropy)
-    threshold = float(threshold)
+    threshold = number("threshold", threshold)
     if threshold != threshold:
         raise ValueError("threshold: expected nats or +-inf, got NaN; pass e.g. 1.75")
     if entropy_of not in ("next", "current"):
@@ -69,19 +78,12 @@ def segment_ends(
             f"entropy_of: expected 'next' or 'current', got {entropy_of!r}; 'next' is the entropy "
             "of logits[t], 'current' that of the distribution which produced token t"
         )
+    rows_exclude, exclude_all = None, True
     if isinstance(exclude_last, bool):
-        rows_exclude, exclude_all = None, exclude_last
-    elif exclude_last.dtype != torch.bool:
-        raise TypeError(
-            f"exclude_last: expected bool, got {exclude_last.dtype}; pass exclude_last.bool()"
-        )
-    elif exclude_last.shape != (layout.n_rows,):
-        raise ValueError(
-            f"exclude_last: expected shape [{layout.n_rows}], one per row, got "
-            f"{list(exclude_last.shape)}; pass True, False or whether each row ends with EOS"
-        )
+        exclude_all = exclude_last
     else:
-        rows_exclude, exclude_all = exclude_last.contiguous(), True
+        _check_exclude_last(exclude_last, layout, entropy)
+        rows_exclude = exclude_last.contiguous()
     current = entropy_of == "current"
     (entropy,) = constants(entropy)
     if choose("segment_ends", entropy, backend=backend) == "reference":
@@ -97,6 +99,20 @@ def segment_ends(
         rows_exclude,
         exclude_all,
     )
+
+
+def _check_exclude_last(exclude_last: Tensor, layout: Layout, entropy: Tensor) -> None:
+    check_tensor("exclude_last", exclude_last)
+    check_device("exclude_last", exclude_last, "entropy", entropy)
+    if exclude_last.dtype != torch.bool:
+        raise TypeError(
+            f"exclude_last: expected bool, got {exclude_last.dtype}; pass exclude_last.bool()"
+        )
+    if exclude_last.shape != (layout.n_rows,):
+        raise ValueError(
+            f"exclude_last: expected shape [{layout.n_rows}], one per row, got "
+            f"{list(exclude_last.shape)}; pass True, False or whether each row ends with EOS"
+        )
 
 
 @native.operator

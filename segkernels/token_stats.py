@@ -11,7 +11,14 @@ from torch import Tensor
 
 from . import native, vocab
 from .backend import choose
-from .layout import check_bools, check_floats, check_like, values_may_be_checked
+from .layout import (
+    check_bools,
+    check_floats,
+    check_like,
+    check_tensor,
+    number,
+    values_may_be_checked,
+)
 from .reference import token_stats as reference
 
 IGNORED = -100
@@ -165,17 +172,17 @@ def check_row_inputs(
     if mask is not None:
         check_bools("mask", mask, like_name, like)
     if targets is not None:
-        if targets.dtype.is_floating_point or targets.dtype in (torch.bool, torch.complex64):
-            raise TypeError(
-                f"targets: expected integer token ids, got {targets.dtype}; pass targets.long()"
-            )
+        check_tensor("targets", targets)
+        kind = targets.dtype
+        if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+            raise TypeError(f"targets: expected integer token ids, got {kind}; pass targets.long()")
         check_like("targets", targets, like_name, like)
         targets = targets.long()
     if isinstance(temperature, Tensor):
         check_floats("temperature", temperature)
         check_like("temperature", temperature, like_name, like)
         return targets, 1.0, temperature.detach()
-    if not 0 < temperature < math.inf:
+    if not 0 < number("temperature", temperature) < math.inf:
         raise _bad_temperature(temperature)
     return targets, float(temperature), None
 

@@ -292,7 +292,7 @@ void test_segment_ends(const Stream& s, DType dtype, Random& random) {
     }
     Array<bool> ends(s.tokens(), true);
     const int64_t nan = segment_ends(entropy, s.mask.get(), s.rows, static_cast<float>(threshold),
-                                     current, exclude_last.get(), ends.get(), kThreads);
+                                     current, exclude_last.get(), false, ends.get(), kThreads);
     check(nan == -1, "segment_ends: a NaN where there is none");
     check(std::equal(ends.get(), ends.get() + ends.size(), want.get()), "segment_ends");
   }
@@ -308,7 +308,7 @@ void test_segment_ends_nan(const Stream& s, DType dtype, Random& random) {
   Array<bool> exclude_last(s.count(), uniform(random) < 0.5);
   Array<bool> ends(s.tokens());
   const int64_t nan = segment_ends(Stored(dtype, entropy), s.mask.get(), s.rows, 0.5f, false,
-                                   exclude_last.get(), ends.get(), kThreads);
+                                   exclude_last.get(), false, ends.get(), kThreads);
   check(nan == static_cast<int64_t>(all[first]), "segment_ends: the first NaN");
 }
 
