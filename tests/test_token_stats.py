@@ -446,6 +446,21 @@ def test_large_gradients():
     check_large_gradients()
 
 
+def test_new_gradients_come_in_large_pages():
+    """A page fault for every 4 KiB of a gradient costs more than computing it."""
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no large pages to ask for")
+    dlogits = run("native", *draw(64, 32_768, torch.float32))[2]
+    middle = dlogits.data_ptr() + dlogits.nbytes // 2
+    flags = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if area := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(area[1], 16) <= middle < int(area[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    assert "hg" in flags
+
+
 # exp(x) is 0 from -125.5 ln 2 on.
 VANISHED = np.float32(-86.98997)
 

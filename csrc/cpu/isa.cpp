@@ -1,4 +1,8 @@
 // The vocabulary ops: which instruction set runs them, and their columns shared out to threads.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -159,6 +163,21 @@ void finish_row(const VocabRows& rows, int64_t row, const RowState* state, float
   logprobs[row] = rows.targets[row] >= 0 ? static_cast<float>(logprob) : 0.0f;
 }
 
+// Asks for large pages under memory that is about to be written. A gradient's is often new, and
+// getting it from the system in pages of 4 KiB takes longer than the whole backward pass.
+void use_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto at = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (at + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (at + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  // Advice: where it is refused, nothing is lost.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 void fill_nan(DType dtype, void* out, int64_t n) {
   if (dtype == DType::f32) {
     std::fill_n(static_cast<float*>(out), n, std::numeric_limits<float>::quiet_NaN());
@@ -201,7 +220,10 @@ void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* d
   const VocabKernels& kernels = *isa().kernels;
   const int64_t spans = spans_of(rows);
   const int64_t width = width_of(rows.dtype);
-  const bool streaming = dlogits != rows.logits && rows.count * rows.vocab * width >= kStreamed;
+  const int64_t bytes = rows.count * rows.vocab * width;
+  const bool in_place = dlogits == rows.logits;
+  const bool streaming = !in_place && bytes >= kStreamed;
+  if (!in_place) use_large_pages(dlogits, bytes);
   const auto span_gradient = [&](int64_t row, int64_t begin) {
     const int64_t n = std::min(kSpan, rows.vocab - begin);
     const auto* x = static_cast<const char*>(rows.logits) + (offset_of(rows, row) + begin) * width;
