@@ -7,6 +7,7 @@ What was asked for and is not available raises with the reason; nothing falls ba
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -20,22 +21,26 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
     "entropy_from_logits": {"native": ("cpu",)},
     "logprobs_and_entropy": {"native": ("cpu",)},
     "linear_logprobs_and_entropy": {"native": ("cpu",)},
-    "segment_ends": {"native": ("cpu",)},
+    "segment_ends": {"native": ("cpu", "cuda")},
     "segment_offsets": {},
-    "segment_scores": {"native": ("cpu",)},
-    "segment_bradley_terry": {"native": ("cpu",)},
-    "scatter_segment_rewards": {"native": ("cpu",)},
-    "gae": {"native": ("cpu",)},
-    "segment_advantages": {"native": ("cpu",)},
-    "whiten": {"native": ("cpu",)},
-    "policy_loss": {"native": ("cpu",)},
-    "value_loss": {"native": ("cpu",)},
+    "segment_scores": {"native": ("cpu", "cuda")},
+    "segment_bradley_terry": {"native": ("cpu", "cuda")},
+    "scatter_segment_rewards": {"native": ("cpu", "cuda")},
+    "gae": {"native": ("cpu", "cuda")},
+    "segment_advantages": {"native": ("cpu", "cuda")},
+    "whiten": {"native": ("cpu", "cuda")},
+    "policy_loss": {"native": ("cpu", "cuda")},
+    "value_loss": {"native": ("cpu", "cuda")},
     "linear_policy_loss": {"native": ("cpu",)},
 }
 
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run this call; the message says why."""
+
+
+class BackendWarning(UserWarning):
+    """A slower implementation runs than the device could have."""
 
 
 def _refusal(op: str, name: str, device: str, double: bool) -> str:
@@ -48,10 +53,15 @@ def _refusal(op: str, name: str, device: str, double: bool) -> str:
         return f"its {name} implementation serves {served}, the tensors are on {device}"
     if double:
         return f"its {name} implementation has no float64; the reference does"
-    if name == "native" and native.extension is None:
+    if name == "native" and device == "cpu" and native.extension is None:
         return (
             f"the compiled extension is missing ({native.missing}); "
             "build it with 'pip install -e .' from the checkout"
+        )
+    if name == "native" and device == "cuda" and native.cuda_extension is None:
+        return (
+            f"the CUDA module of the extension is missing ({native.cuda_missing}); "
+            "build it where nvcc is, with CMAKE_ARGS=-DSEGK_CUDA=ON pip install -e ."
         )
     return ""
 
@@ -60,14 +70,19 @@ def choose(op: str, *tensors: Tensor | None, backend: str | None = None) -> str:
     """Name of the backend that runs ``op`` on these tensors.
 
     Raises ValueError for an unknown name and BackendError when an explicit choice, or the
-    extension that a CPU call needs, is not available.
+    extension that a CPU call needs, is not available. Where the extension was built without CUDA,
+    CUDA tensors run the reference, and the first such call of a process warns.
     """
     present = [t for t in tensors if t is not None]
     double = any(t.dtype == torch.float64 for t in present)
-    return _choose(op, present[0].device.type, double, backend)
+    name, refusal = _choose(op, present[0].device.type, double, backend)
+    if refusal and not torch.compiler.is_compiling():
+        _warn_once(refusal)
+    return name
 
 
-def _choose(op: str, device: str, double: bool, backend: str | None) -> str:
+def _choose(op: str, device: str, double: bool, backend: str | None) -> tuple[str, str]:
+    """(backend, why it is not a faster one that serves the device; empty when it is)."""
     asked = backend or os.environ.get("SEGKERNELS_BACKEND") or None
     if asked is not None:
         if asked not in NAMES:
@@ -76,18 +91,34 @@ def _choose(op: str, device: str, double: bool, backend: str | None) -> str:
         reason = _refusal(op, asked, device, double)
         if reason:
             raise BackendError(f"{op}: backend {asked!r} cannot run: {reason}")
-        return asked
-    if double:
-        return "reference"
-    for name, devices in DEVICES[op].items():
-        if device in devices:
-            reason = _refusal(op, name, device, double)
-            if reason:
+        return asked, ""
+    refusal = ""
+    if not double:
+        for name, devices in DEVICES[op].items():
+            if device not in devices:
+                continue
+            refusal = _refusal(op, name, device, double)
+            if not refusal:
+                return name, ""
+            if device == "cpu":
                 raise BackendError(
-                    f"{op}: {reason}, or set SEGKERNELS_BACKEND=reference to run plain PyTorch"
+                    f"{op}: {refusal}, or set SEGKERNELS_BACKEND=reference to run plain PyTorch"
                 )
-            return name
-    return "reference"
+    return "reference", refusal
+
+
+_warned = False
+
+
+def _warn_once(refusal: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"CUDA tensors run plain PyTorch: {refusal}, or set SEGKERNELS_BACKEND=reference",
+            BackendWarning,
+            stacklevel=4,
+        )
 
 
 def explain(device: str | torch.device = "cpu") -> str:
@@ -99,13 +130,17 @@ def explain(device: str | torch.device = "cpu") -> str:
         lines.append(f"extension: missing ({native.missing})")
     else:
         lines.append(f"extension: {native.extension.build_info()}, {native.threads()} threads")
+    if native.cuda_extension is None:
+        lines.append(f"CUDA module: missing ({native.cuda_missing})")
+    else:
+        lines.append(f"CUDA module: {native.cuda_extension.build_info()}")
     for op in DEVICES:
         try:
-            chosen = _choose(op, kind, False, None)
+            chosen, refusal = _choose(op, kind, False, None)
             if asked:
                 why = "asked for by SEGKERNELS_BACKEND"
             elif chosen == "reference":
-                why = f"no kernel serves {kind}"
+                why = refusal or f"no kernel serves {kind}"
             else:
                 why = f"serves {kind}"
         except BackendError as error:

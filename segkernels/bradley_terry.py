@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import Layout, check_bools, check_floats, layout_of
+from .layout import Layout, check_bools, check_device, check_floats, layout_of
 from .reference import bradley_terry as reference
 
 Reduction = Literal["mean", "sum"]
@@ -132,6 +132,7 @@ def segment_bradley_terry(
                 f"margin: expected shape [{pairs}], one per pair, got {list(margin.shape)}; pass "
                 "how much better each chosen row is"
             )
+        check_device("margin", margin, "rewards", rewards)
         margin = margin.detach()
     if not 0 <= label_smoothing <= 1:
         raise ValueError(
@@ -190,8 +191,8 @@ def _segment_scores_fwd(
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = layout_of("rewards", rewards, cu_seqlens)
-    scores = rewards.new_empty(layout.n_rows, dtype=torch.float32)
-    counts = rewards.new_empty(layout.n_rows, dtype=torch.int32)
+    scores = native.empty(rewards, layout.n_rows)
+    counts = native.empty(rewards, layout.n_rows, dtype=torch.int32)
     native.kernels(rewards).segment_scores_fwd(
         native.floats(rewards),
         native.ptr(ends),
@@ -215,7 +216,7 @@ def _segment_scores_bwd(
     mean: bool,
 ) -> Tensor:
     layout = layout_of("ends", ends, cu_seqlens)
-    drewards = torch.empty_like(ends, dtype=torch.float32)
+    drewards = native.empty(ends, *ends.shape)
     native.kernels(dscores).segment_scores_bwd(
         native.ptr(dscores),
         native.ptr(counts),
@@ -270,11 +271,10 @@ def _segment_bradley_terry_fwd(
     center_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = layout_of("rewards", rewards, cu_seqlens)
-    loss = rewards.new_empty((), dtype=torch.float32)
-    scores = rewards.new_empty(layout.n_rows, dtype=torch.float32)
-    accuracy = torch.empty_like(loss)
-    counts = torch.empty_like(scores, dtype=torch.int32)
-    slopes = torch.empty_like(scores)
+    loss, accuracy = native.empty(rewards), native.empty(rewards)
+    scores, slopes = (native.empty(rewards, layout.n_rows) for _ in range(2))
+    counts = native.empty(rewards, layout.n_rows, dtype=torch.int32)
+    scratch = native.scratch(rewards)
     native.kernels(rewards).segment_bradley_terry_fwd(
         native.floats(rewards),
         native.ptr(ends),
@@ -289,6 +289,7 @@ def _segment_bradley_terry_fwd(
         native.ptr(accuracy),
         native.ptr(counts),
         native.ptr(slopes),
+        native.ptr(scratch),
         native.place(rewards),
     )
     return loss, scores, accuracy, counts, slopes
@@ -296,8 +297,8 @@ def _segment_bradley_terry_fwd(
 
 @torch.library.custom_op("segkernels::segment_bradley_terry_bwd", mutates_args=())
 def _segment_bradley_terry_bwd(
-    dloss: Tensor,
-    dscores: Tensor,
+    dloss: Tensor | None,
+    dscores: Tensor | None,
     slopes: Tensor,
     counts: Tensor,
     ends: Tensor,
@@ -306,8 +307,8 @@ def _segment_bradley_terry_bwd(
     mean: bool,
 ) -> Tensor:
     layout = layout_of("ends", ends, cu_seqlens)
-    drewards = torch.empty_like(ends, dtype=torch.float32)
-    native.kernels(dloss).segment_bradley_terry_bwd(
+    drewards = native.empty(ends, *ends.shape)
+    native.kernels(ends).segment_bradley_terry_bwd(
         native.ptr(dloss),
         native.ptr(dscores),
         native.ptr(slopes),
@@ -317,7 +318,7 @@ def _segment_bradley_terry_bwd(
         native.rows(layout),
         mean,
         native.ptr(drewards),
-        native.place(dloss),
+        native.place(ends),
     )
     return drewards
 
@@ -337,6 +338,7 @@ def _(dloss, dscores, slopes, counts, ends, mask, cu_seqlens, mean):
 
 
 def _save_bradley_terry(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     rewards, ends, mask, cu_seqlens, _, ctx.mean, _, _ = inputs
     _, _, _, counts, slopes = output
     ctx.save_for_backward(slopes, counts, ends, mask, cu_seqlens)
@@ -344,7 +346,9 @@ def _save_bradley_terry(ctx, inputs, output):
 
 
 def _bradley_terry_backward(ctx, dloss, dscores, *_):
-    drewards = _segment_bradley_terry_bwd(dloss, dscores.contiguous(), *ctx.saved_tensors, ctx.mean)
+    if dscores is not None:
+        dscores = dscores.contiguous()
+    drewards = _segment_bradley_terry_bwd(dloss, dscores, *ctx.saved_tensors, ctx.mean)
     return drewards.to(ctx.dtype), *[None] * 7
 
 

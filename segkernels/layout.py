@@ -122,6 +122,14 @@ def check_floats(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} like {like_name}, got {tensor.device}; "
+            f"move it with .to({like_name}.device)"
+        )
+
+
 def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Same shape and device."""
     if tensor.shape != like.shape:
@@ -129,11 +137,7 @@ def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
             f"{name}: expected shape {list(like.shape)} like {like_name}, got "
             f"{list(tensor.shape)}; pass the {name} of the same token stream"
         )
-    if tensor.device != like.device:
-        raise ValueError(
-            f"{name}: expected device {like.device} like {like_name}, got {tensor.device}; "
-            f"move it with .to({like_name}.device)"
-        )
+    check_device(name, tensor, like_name, like)
 
 
 def check_bools(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, layout_of
+from .layout import check_bools, check_device, check_floats, layout_of, values_may_be_checked
 from .reference import segments as reference
 
 
@@ -70,30 +70,32 @@ def segment_ends(
             f"entropy_of: expected 'next' or 'current', got {entropy_of!r}; 'next' is the entropy "
             "of logits[t], 'current' that of the distribution which produced token t"
         )
-    if isinstance(exclude_last, bool):
-        exclude_last = torch.full(
-            (layout.n_rows,), exclude_last, dtype=torch.bool, device=entropy.device
-        )
-    elif exclude_last.dtype != torch.bool:
-        raise TypeError(
-            f"exclude_last: expected bool, got {exclude_last.dtype}; pass exclude_last.bool()"
-        )
-    elif exclude_last.shape != (layout.n_rows,):
-        raise ValueError(
-            f"exclude_last: expected shape [{layout.n_rows}], one per row, got "
-            f"{list(exclude_last.shape)}; pass True, False or whether each row ends with EOS"
-        )
+    by_row = None if isinstance(exclude_last, bool) else exclude_last
+    if by_row is not None:
+        if by_row.dtype != torch.bool:
+            raise TypeError(
+                f"exclude_last: expected bool, got {by_row.dtype}; pass exclude_last.bool()"
+            )
+        if by_row.shape != (layout.n_rows,):
+            raise ValueError(
+                f"exclude_last: expected shape [{layout.n_rows}], one per row, got "
+                f"{list(by_row.shape)}; pass True, False or whether each row ends with EOS"
+            )
+        check_device("exclude_last", by_row, "entropy", entropy)
     current = entropy_of == "current"
     entropy = entropy.detach()
     if choose("segment_ends", entropy, backend=backend) == "reference":
-        return reference.segment_ends(entropy, mask, threshold, layout, current, exclude_last)
+        if by_row is None:
+            by_row = mask.new_full((layout.n_rows,), exclude_last is True)
+        return reference.segment_ends(entropy, mask, threshold, layout, current, by_row)
     return _segment_ends(
         entropy.contiguous(),
         mask.contiguous(),
         layout.cu_seqlens,
         threshold,
         current,
-        exclude_last.contiguous(),
+        None if by_row is None else by_row.contiguous(),
+        exclude_last is True,
     )
 
 
@@ -104,10 +106,13 @@ def _segment_ends(
     cu_seqlens: Tensor | None,
     threshold: float,
     current: bool,
-    exclude_last: Tensor,
+    exclude_last: Tensor | None,
+    exclude_all: bool,
 ) -> Tensor:
     layout = layout_of("entropy", entropy, cu_seqlens)
-    ends = torch.empty_like(mask)
+    if entropy.is_cuda and values_may_be_checked(entropy):
+        reference.check_numbers(entropy, mask, layout, current)
+    ends = native.empty(mask, *mask.shape, dtype=torch.bool)
     nan = native.kernels(entropy).segment_ends(
         native.floats(entropy),
         native.ptr(mask),
@@ -115,6 +120,7 @@ def _segment_ends(
         threshold,
         current,
         native.ptr(exclude_last),
+        exclude_all,
         native.ptr(ends),
         native.place(entropy),
     )
@@ -124,7 +130,7 @@ def _segment_ends(
 
 
 @_segment_ends.register_fake
-def _(entropy, mask, cu_seqlens, threshold, current, exclude_last):
+def _(entropy, mask, *_):
     return torch.empty_like(mask)
 
 

@@ -264,6 +264,7 @@ MASK = torch.ones(2, 3, dtype=torch.bool)
         ({"threshold": NAN}, ValueError, "threshold: expected nats or .*got NaN"),
         ({"entropy": torch.zeros(6)}, ValueError, r"entropy: expected shape \[rows, tokens\]"),
         ({"entropy": ENTROPY.long()}, TypeError, r"entropy: expected float32.*entropy.float\(\)"),
+        ({"exclude_last": MASK[:, 0].to("meta")}, ValueError, "exclude_last: expected device cpu"),
         ({"mask": MASK.float()}, TypeError, r"mask: expected bool, got torch.float32; pass mask"),
         ({"mask": MASK[:, :2]}, ValueError, r"mask: expected shape \[2, 3\] like entropy, got \["),
         ({"entropy_of": "last"}, ValueError, "entropy_of: expected 'next' or 'current', got 'last"),
@@ -284,8 +285,8 @@ def test_operator_is_registered_soundly(entropy_of):
     entropy = draw_entropy(case)
     exclude = torch.ones(len(case.lengths), dtype=torch.bool)
     current = entropy_of == "current"
-    packed = (entropy, case.mask, case.cu_seqlens, 1.0, current, exclude)
-    grid = (case.grid(entropy, NAN), case.grid(case.mask, False), None, 1.0, current, exclude)
+    packed = (entropy, case.mask, case.cu_seqlens, 1.0, current, exclude, False)
+    grid = (case.grid(entropy, NAN), case.grid(case.mask, False), None, 1.0, current, None, True)
     torch.library.opcheck(_segment_ends, packed)
     torch.library.opcheck(_segment_ends, grid)
 

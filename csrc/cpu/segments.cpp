@@ -76,12 +76,13 @@ void scatter_rows(RowGradient dscore, const int32_t* counts, const bool* ends, c
 }  // namespace
 
 int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshold, bool current,
-                     const bool* exclude_last, bool* ends, Place place) {
+                     const bool* exclude_last, bool exclude_all, bool* ends, Place place) {
   FirstToken nan;
   parallel_for(rows.count, rows_per_task(rows), place, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      const int64_t met = ends_of_row(entropy, mask, rows.begin(row), rows.end(row), threshold,
-                                      current, exclude_last[row], ends);
+      const int64_t met =
+          ends_of_row(entropy, mask, rows.begin(row), rows.end(row), threshold, current,
+                      exclude_last ? exclude_last[row] : exclude_all, ends);
       if (met >= 0) nan.meet(met);
     }
   });
@@ -108,7 +109,7 @@ void segment_scores_bwd(const float* dscores, const int32_t* counts, const bool*
 void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
                                const float* margin, BradleyTerryOptions options, float* loss,
                                float* scores, float* accuracy, int32_t* counts, float* slopes,
-                               Place place) {
+                               void*, Place place) {
   segment_scores_fwd(rewards, ends, mask, rows, options.mean, scores, counts, place);
   const int64_t pairs = rows.count / 2;
   double total = 0;
@@ -130,9 +131,8 @@ void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mas
 void segment_bradley_terry_bwd(const float* dloss, const float* dscores, const float* slopes,
                                const int32_t* counts, const bool* ends, const bool* mask, Rows rows,
                                bool mean, float* drewards, Place place) {
-  const float scale = *dloss;
-  scatter_rows([&](int64_t row) { return scale * slopes[row] + dscores[row]; }, counts, ends, mask,
-               rows, mean, drewards, place);
+  scatter_rows([&](int64_t row) { return score_gradient(dloss, dscores, slopes, row); }, counts,
+               ends, mask, rows, mean, drewards, place);
 }
 
 }  // namespace segk
