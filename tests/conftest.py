@@ -1,5 +1,17 @@
+import os
+
 import pytest
 import torch
+
+REQUIRED = os.environ.get("SEGKERNELS_REQUIRE", "").split(",")
+
+
+def pytest_runtest_setup(item):
+    """Skips what needs a GPU where there is none, unless SEGKERNELS_REQUIRE names cuda."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if "cuda" in REQUIRED:
+            pytest.fail("there is no NVIDIA GPU, and SEGKERNELS_REQUIRE names cuda")
+        pytest.skip("there is no NVIDIA GPU")
 
 
 @pytest.fixture
