@@ -7,6 +7,7 @@ BENCH_ARGS ?=
 GPU_ARGS ?=
 
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
+CPP := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_host/*)
 
 .PHONY: setup demo test kernels sanitize lint bench gpu format clean
 setup: .venv/installed .venv/built
@@ -36,7 +37,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy segkernels python/segrlhf
-	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 # Everything, into benchmarks/results/ and the tables of README.md and docs/benchmarks.md; with
 # BENCH_ARGS="-k linear" a part of it, on the screen alone. SEGKERNELS_ISA=avx2 is for torch too.
@@ -64,7 +65,7 @@ gpu:
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format -i $(CPP)
 
 # constraints.txt pins what the tests run with; without it pip would pick other versions of torch.
 .venv/installed: pyproject.toml constraints.txt

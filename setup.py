@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext):
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+    def build_extensions(self):
+        # One run of CMake puts every module into the same folder.
+        target = Path(self.get_ext_fullpath("segkernels._native")).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -35,6 +36,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("segkernels._native", sources=[])],
+    ext_modules=[
+        Extension("segkernels._native", sources=[]),
+        Extension("segkernels._cuda", sources=[], optional=True),  # where nvcc is
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

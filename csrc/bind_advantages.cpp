@@ -67,10 +67,12 @@ void bind_advantages(py::module_& m) {
 
   m.def(
       "moments_fwd",
-      [](FloatsArg x, uintptr_t mask, int64_t n, uintptr_t moments, segk::Place place) {
-        segk::moments_fwd(floats(x), at<const bool>(mask), n, at<double>(moments), place);
+      [](FloatsArg x, uintptr_t mask, int64_t n, uintptr_t moments, uintptr_t scratch,
+         segk::Place place) {
+        segk::moments_fwd(floats(x), at<const bool>(mask), n, at<double>(moments),
+                          at<void>(scratch), place);
       },
-      no_gil, "x"_a, "mask"_a, "n"_a, "moments"_a, "place"_a);
+      no_gil, "x"_a, "mask"_a, "n"_a, "moments"_a, "scratch"_a, "place"_a);
 
   m.def(
       "whiten_fwd",
@@ -85,14 +87,14 @@ void bind_advantages(py::module_& m) {
       "policy_loss_fwd",
       [](FloatsArg logprobs, FloatsArg old_logprobs, FloatsArg advantages, uintptr_t mask,
          RowsArg rows, float low, float high, int aggregation, uintptr_t loss,
-         uintptr_t row_weights, segk::Place place) {
+         uintptr_t row_weights, uintptr_t scratch, segk::Place place) {
         segk::policy_loss_fwd(floats(logprobs), floats(old_logprobs), floats(advantages),
                               at<const bool>(mask), rows_of(rows), low, high,
                               static_cast<segk::Aggregation>(aggregation), at<float>(loss),
-                              at<double>(row_weights), place);
+                              at<double>(row_weights), at<void>(scratch), place);
       },
       no_gil, "logprobs"_a, "old_logprobs"_a, "advantages"_a, "mask"_a, "rows"_a, "low"_a, "high"_a,
-      "aggregation"_a, "loss"_a, "row_weights"_a, "place"_a);
+      "aggregation"_a, "loss"_a, "row_weights"_a, "scratch"_a, "place"_a);
 
   m.def(
       "policy_loss_bwd",
@@ -109,14 +111,15 @@ void bind_advantages(py::module_& m) {
   m.def(
       "value_loss_fwd",
       [](FloatsArg values, FloatsArg old_values, FloatsArg returns, uintptr_t mask, RowsArg rows,
-         float clip, int aggregation, uintptr_t loss, uintptr_t row_weights, segk::Place place) {
+         float clip, int aggregation, uintptr_t loss, uintptr_t row_weights, uintptr_t scratch,
+         segk::Place place) {
         segk::value_loss_fwd(floats(values), floats(old_values), floats(returns),
                              at<const bool>(mask), rows_of(rows), clip,
                              static_cast<segk::Aggregation>(aggregation), at<float>(loss),
-                             at<double>(row_weights), place);
+                             at<double>(row_weights), at<void>(scratch), place);
       },
       no_gil, "values"_a, "old_values"_a, "returns"_a, "mask"_a, "rows"_a, "clip"_a,
-      "aggregation"_a, "loss"_a, "row_weights"_a, "place"_a);
+      "aggregation"_a, "loss"_a, "row_weights"_a, "scratch"_a, "place"_a);
 
   m.def(
       "value_loss_bwd",
@@ -128,19 +131,4 @@ void bind_advantages(py::module_& m) {
       },
       no_gil, "dloss"_a, "values"_a, "old_values"_a, "returns"_a, "mask"_a, "rows"_a, "clip"_a,
       "row_weights"_a, "dvalues"_a, "place"_a);
-
-  // One combine each, so that the tests can run the scans in tree order too.
-  m.def("combine_affine", [](std::tuple<float, float> outer, std::tuple<float, float> inner) {
-    const auto [scale, shift] =
-        combine(segk::Affine<float>{std::get<0>(outer), std::get<1>(outer)},
-                segk::Affine<float>{std::get<0>(inner), std::get<1>(inner)});
-    return std::make_tuple(scale, shift);
-  });
-  m.def("combine_moments",
-        [](std::tuple<double, double, double> left, std::tuple<double, double, double> right) {
-          const auto [count, mean, m2] =
-              combine(segk::Moments{std::get<0>(left), std::get<1>(left), std::get<2>(left)},
-                      segk::Moments{std::get<0>(right), std::get<1>(right), std::get<2>(right)});
-          return std::make_tuple(count, mean, m2);
-        });
 }

@@ -49,14 +49,17 @@ void bind_segments(py::module_& m) {
       "segment_bradley_terry_fwd",
       [](FloatsArg rewards, uintptr_t ends, uintptr_t mask, RowsArg rows, uintptr_t margin,
          bool mean, double smoothing, double center_coef, uintptr_t loss, uintptr_t scores,
-         uintptr_t accuracy, uintptr_t counts, uintptr_t slopes, segk::Place place) {
+         uintptr_t accuracy, uintptr_t counts, uintptr_t slopes, uintptr_t scratch,
+         segk::Place place) {
         return segk::segment_bradley_terry_fwd(
             floats(rewards), at<const bool>(ends), at<const bool>(mask), rows_of(rows),
             at<const float>(margin), {mean, smoothing, center_coef}, at<float>(loss),
-            at<float>(scores), at<float>(accuracy), at<int32_t>(counts), at<float>(slopes), place);
+            at<float>(scores), at<float>(accuracy), at<int32_t>(counts), at<float>(slopes),
+            at<void>(scratch), place);
       },
       no_gil, "rewards"_a, "ends"_a, "mask"_a, "rows"_a, "margin"_a, "mean"_a, "smoothing"_a,
-      "center_coef"_a, "loss"_a, "scores"_a, "accuracy"_a, "counts"_a, "slopes"_a, "place"_a);
+      "center_coef"_a, "loss"_a, "scores"_a, "accuracy"_a, "counts"_a, "slopes"_a, "scratch"_a,
+      "place"_a);
 
   m.def(
       "segment_bradley_terry_bwd",

@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <tuple>
 
+#include "segk/operators.h"
 #include "segk/vocab.h"
 
 namespace py = pybind11;
@@ -14,10 +16,25 @@ void bind_vocab(py::module_& m);
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of segkernels: addresses, sizes and dtype codes in, memory filled.";
-  m.def("build_info",
-        [] { return std::string("isa ") + segk::isa_name() + "; built without CUDA"; });
+  m.def("build_info", [] { return std::string("isa ") + segk::isa_name(); });
+  m.attr("SCRATCH_BYTES") = 0;
   bind_segments(m);
   bind_advantages(m);
   bind_normalizer(m);
   bind_vocab(m);
+
+  // One combine each, so that the tests can run the scans in tree order too.
+  m.def("combine_affine", [](std::tuple<float, float> outer, std::tuple<float, float> inner) {
+    const auto [scale, shift] =
+        combine(segk::Affine<float>{std::get<0>(outer), std::get<1>(outer)},
+                segk::Affine<float>{std::get<0>(inner), std::get<1>(inner)});
+    return std::make_tuple(scale, shift);
+  });
+  m.def("combine_moments",
+        [](std::tuple<double, double, double> left, std::tuple<double, double, double> right) {
+          const auto [count, mean, m2] =
+              combine(segk::Moments{std::get<0>(left), std::get<1>(left), std::get<2>(left)},
+                      segk::Moments{std::get<0>(right), std::get<1>(right), std::get<2>(right)});
+          return std::make_tuple(count, mean, m2);
+        });
 }

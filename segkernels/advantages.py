@@ -308,9 +308,14 @@ def _(rewards, *_):
 
 @native.operator
 def _moments_fwd(x: Tensor, mask: Tensor) -> Tensor:
-    moments = native.empty(x, 3, dtype=torch.float64)
+    moments, scratch = native.empty(x, 3, dtype=torch.float64), native.scratch(x)
     native.kernels(x).moments_fwd(
-        native.floats(x), native.ptr(mask), x.numel(), native.ptr(moments), native.place(x)
+        native.floats(x),
+        native.ptr(mask),
+        x.numel(),
+        native.ptr(moments),
+        native.ptr(scratch),
+        native.place(x),
     )
     return moments
 

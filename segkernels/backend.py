@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -26,17 +27,17 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_logprobs_and_entropy": {"native": ("cpu",), "triton": ("cuda",)},
     "vocab_shard_stats": {"native": ("cpu",), "triton": ("cuda",)},
     "merge_vocab_stats": {"native": ("cpu",), "triton": ("cuda",)},
-    "segment_ends": {"native": ("cpu",)},
+    "segment_ends": {"native": ("cpu", "cuda")},
     "segment_offsets": {},
-    "segment_scores": {"native": ("cpu",)},
-    "segment_bradley_terry": {"native": ("cpu",)},
-    "scatter_segment_rewards": {"native": ("cpu",)},
+    "segment_scores": {"native": ("cpu", "cuda")},
+    "segment_bradley_terry": {"native": ("cpu", "cuda")},
+    "scatter_segment_rewards": {"native": ("cpu", "cuda")},
     "RunningLocationNormalizer": {"native": ("cpu",)},
-    "gae": {"native": ("cpu",)},
-    "segment_advantages": {"native": ("cpu",)},
-    "whiten": {"native": ("cpu",)},
-    "policy_loss": {"native": ("cpu",)},
-    "value_loss": {"native": ("cpu",)},
+    "gae": {"native": ("cpu", "cuda")},
+    "segment_advantages": {"native": ("cpu", "cuda")},
+    "whiten": {"native": ("cpu", "cuda")},
+    "policy_loss": {"native": ("cpu", "cuda")},
+    "value_loss": {"native": ("cpu", "cuda")},
     "linear_policy_loss": {"native": ("cpu",), "triton": ("cuda",)},
 }
 
@@ -45,6 +46,10 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run this call; the message says why."""
+
+
+class BackendWarning(UserWarning):
+    """A slower implementation runs than the device could have."""
 
 
 def _unserved(op: str, name: str, device: torch.device) -> str:
@@ -71,10 +76,15 @@ def _refusal(op: str, name: str, device: torch.device, double: bool) -> str:
         return unserved
     if double:
         return f"its {name} implementation has no float64; the reference does"
-    if name == "native" and native.extension is None:
+    if name == "native" and device.type == "cpu" and native.extension is None:
         return (
             f"the compiled extension is missing ({native.missing}); "
             "build it with 'pip install -e .' from the checkout"
+        )
+    if name == "native" and device.type == "cuda" and native.cuda_extension is None:
+        return (
+            f"the CUDA module of the extension is missing ({native.cuda_missing}); "
+            "build it where nvcc is, with CMAKE_ARGS=-DSEGK_CUDA=ON pip install -e ."
         )
     if name == "triton" and not TRITON_INSTALLED:
         return "triton is not installed; run 'pip install \"segkernels[gpu]\"'"
@@ -85,14 +95,19 @@ def choose(op: str, *tensors: Tensor | None, backend: str | None = None) -> str:
     """Name of the backend that runs ``op`` on these tensors.
 
     Raises ValueError for an unknown name and BackendError when an explicit choice, or the
-    extension that a CPU call needs, is not available.
+    extension that a CPU call needs, is not available. Where the extension was built without CUDA,
+    CUDA tensors run the reference, and the first such call of a process warns.
     """
     present = [t for t in tensors if t is not None]
     double = any(t.dtype == torch.float64 for t in present)
-    return _choose(op, present[0].device, double, backend)
+    name, refusal = _choose(op, present[0].device, double, backend)
+    if refusal and not torch.compiler.is_compiling():
+        _warn_once(refusal)
+    return name
 
 
-def _choose(op: str, device: torch.device, double: bool, backend: str | None) -> str:
+def _choose(op: str, device: torch.device, double: bool, backend: str | None) -> tuple[str, str]:
+    """(backend, why it is not a faster one that serves the device; empty when it is)."""
     asked = backend or os.environ.get("SEGKERNELS_BACKEND") or None
     if asked is not None:
         if asked not in NAMES:
@@ -104,18 +119,34 @@ def _choose(op: str, device: torch.device, double: bool, backend: str | None) ->
         reason = _refusal(op, asked, device, double)
         if reason:
             raise BackendError(f"{op}: backend {asked!r} cannot run: {reason}")
-        return asked
-    if double:
-        return "reference"
-    for name, devices in DEVICES[op].items():
-        if device.type in devices and not _unserved(op, name, device):
-            reason = _refusal(op, name, device, double)
-            if reason:
+        return asked, ""
+    refusal = ""
+    if not double:
+        for name, devices in DEVICES[op].items():
+            if device.type not in devices or _unserved(op, name, device):
+                continue
+            refusal = _refusal(op, name, device, double)
+            if not refusal:
+                return name, ""
+            if device.type == "cpu" or name == "triton":
                 raise BackendError(
-                    f"{op}: {reason}, or set SEGKERNELS_BACKEND=reference to run plain PyTorch"
+                    f"{op}: {refusal}, or set SEGKERNELS_BACKEND=reference to run plain PyTorch"
                 )
-            return name
-    return "reference"
+    return "reference", refusal
+
+
+_warned = False
+
+
+def _warn_once(refusal: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"CUDA tensors run plain PyTorch: {refusal}, or set SEGKERNELS_BACKEND=reference",
+            BackendWarning,
+            stacklevel=4,
+        )
 
 
 def explain(device: str | torch.device = "cpu") -> str:
@@ -128,16 +159,20 @@ def explain(device: str | torch.device = "cpu") -> str:
         lines.append(f"extension: missing ({native.missing})")
     else:
         lines.append(f"extension: {native.extension.build_info()}, {native.threads()} threads")
+    if native.cuda_extension is None:
+        lines.append(f"CUDA module: missing ({native.cuda_missing})")
+    else:
+        lines.append(f"CUDA module: {native.cuda_extension.build_info()}")
     triton = importlib.metadata.version("triton") if TRITON_INSTALLED else "not installed"
     lines.append(f"triton: {triton}")
     for op in DEVICES:
         try:
-            chosen = _choose(op, device, False, None)
+            chosen, refusal = _choose(op, device, False, None)
             if asked:
                 why = "asked for by SEGKERNELS_BACKEND"
             elif chosen == "reference":
                 unserved = [_unserved(op, n, device) for n, d in DEVICES[op].items() if kind in d]
-                why = unserved[0] if unserved else f"no kernel serves {kind}"
+                why = refusal or (unserved[0] if unserved else f"no kernel serves {kind}")
             else:
                 why = f"serves {kind}"
         except BackendError as error:

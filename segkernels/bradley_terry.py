@@ -276,6 +276,7 @@ def _segment_bradley_terry_fwd(
     accuracy = native.empty_like(loss)
     counts = native.empty_like(scores, torch.int32)
     slopes = native.empty_like(scores)
+    scratch = native.scratch(rewards)
     native.kernels(rewards).segment_bradley_terry_fwd(
         native.floats(rewards),
         native.ptr(ends),
@@ -290,6 +291,7 @@ def _segment_bradley_terry_fwd(
         native.ptr(accuracy),
         native.ptr(counts),
         native.ptr(slopes),
+        native.ptr(scratch),
         native.place(rewards),
     )
     return loss, scores, accuracy, counts, slopes
@@ -297,8 +299,8 @@ def _segment_bradley_terry_fwd(
 
 @native.operator
 def _segment_bradley_terry_bwd(
-    dloss: Tensor,
-    dscores: Tensor,
+    dloss: Tensor | None,
+    dscores: Tensor | None,
     slopes: Tensor,
     counts: Tensor,
     ends: Tensor,
@@ -308,7 +310,7 @@ def _segment_bradley_terry_bwd(
 ) -> Tensor:
     layout = layout_of("ends", ends, cu_seqlens)
     drewards = native.empty_like(ends)
-    native.kernels(dloss).segment_bradley_terry_bwd(
+    native.kernels(ends).segment_bradley_terry_bwd(
         native.ptr(dloss),
         native.ptr(dscores),
         native.ptr(slopes),
@@ -318,7 +320,7 @@ def _segment_bradley_terry_bwd(
         native.rows(layout),
         mean,
         native.ptr(drewards),
-        native.place(dloss),
+        native.place(ends),
     )
     return drewards
 
@@ -338,6 +340,7 @@ def _(dloss, dscores, slopes, counts, ends, mask, cu_seqlens, mean):
 
 
 def _save_bradley_terry(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     rewards, ends, mask, cu_seqlens, _, ctx.mean, _, _ = inputs
     _, _, _, counts, slopes = output
     ctx.save_for_backward(slopes, counts, ends, mask, cu_seqlens)
@@ -345,7 +348,9 @@ def _save_bradley_terry(ctx, inputs, output):
 
 
 def _bradley_terry_backward(ctx, dloss, dscores, *_):
-    drewards = _segment_bradley_terry_bwd(dloss, dscores.contiguous(), *ctx.saved_tensors, ctx.mean)
+    if dscores is not None:
+        dscores = dscores.contiguous()
+    drewards = _segment_bradley_terry_bwd(dloss, dscores, *ctx.saved_tensors, ctx.mean)
     return drewards.to(ctx.dtype), *[None] * 7
 
 

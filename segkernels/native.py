@@ -1,11 +1,13 @@
 """Loads the compiled extension and turns tensors into what crosses its boundary.
 
 The extension knows nothing of torch: pointers, sizes and dtype codes go in, memory that the caller
-allocated is filled.
+allocated is filled. It has a module for CPUs and, where it was built with nvcc, one for NVIDIA GPUs
+with the same sequence ops.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +16,20 @@ from torch import Tensor
 
 from .layout import Layout
 
-extension: Any  # the module with the CPU kernels, or None
-missing: str  # why there is no extension; empty when there is one
-try:
-    from . import _native as extension  # type: ignore[attr-defined,no-redef]
 
-    missing = ""
-except ImportError as error:
-    extension = None
-    missing = str(error)
+def _load(name: str) -> tuple[Any, str]:
+    """(module, ""), or (None, why there is none)."""
+    try:
+        return importlib.import_module(f".{name}", __package__), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+extension, missing = _load("_native")  # the CPU kernels
+cuda_extension, cuda_missing = _load("_cuda")  # the CUDA kernels
+if torch.version.hip is not None:
+    cuda_extension = None
+    cuda_missing = "torch's cuda devices are AMD GPUs here"
 
 # The same numbers as segk::DType in csrc/include/segk/dtype.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -68,9 +75,13 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def rows(layout: Layout) -> tuple[int, int, int]:
-    """(rows, tokens per row of a grid, address of cu_seqlens or 0); raises as ``check_rows``."""
+    """(rows, tokens per row, address of cu_seqlens or 0), raises as ``check_rows``.
+
+    Of a flat stream the mean of tokens per row, rounded up.
+    """
     layout.check_rows()
-    return layout.n_rows, layout.row_len, ptr(layout.cu_seqlens)
+    mean = layout.row_len or -(-layout.n_tokens // max(layout.n_rows, 1))
+    return layout.n_rows, mean, ptr(layout.cu_seqlens)
 
 
 def threads() -> int:
@@ -80,9 +91,14 @@ def threads() -> int:
 
 def kernels(tensor: Tensor) -> Any:
     """The module whose kernels serve the device of ``tensor``."""
-    return extension
+    return cuda_extension if tensor.is_cuda else extension
 
 
 def place(tensor: Tensor) -> int:
-    """The last argument of every sequence kernel: on CPUs the number of threads."""
-    return threads()
+    """The last argument of every sequence kernel: the number of threads, or the current stream."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else threads()
+
+
+def scratch(tensor: Tensor) -> Tensor:
+    """Memory for the kernels that sum over all rows of ``tensor``."""
+    return empty(tensor, kernels(tensor).SCRATCH_BYTES, dtype=torch.uint8)

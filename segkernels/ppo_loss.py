@@ -202,6 +202,7 @@ def _policy_loss_fwd(
         native.empty(logprobs),
         native.empty(logprobs, layout.n_rows, dtype=torch.float64),
     )
+    scratch = native.scratch(logprobs)
     native.kernels(logprobs).policy_loss_fwd(
         native.floats(logprobs),
         native.floats(old_logprobs),
@@ -213,6 +214,7 @@ def _policy_loss_fwd(
         aggregation,
         native.ptr(loss),
         native.ptr(row_weights),
+        native.ptr(scratch),
         native.place(logprobs),
     )
     return loss, row_weights
@@ -262,6 +264,7 @@ def _value_loss_fwd(
         native.empty(values),
         native.empty(values, layout.n_rows, dtype=torch.float64),
     )
+    scratch = native.scratch(values)
     native.kernels(values).value_loss_fwd(
         native.floats(values),
         native.floats(old_values),
@@ -272,6 +275,7 @@ def _value_loss_fwd(
         aggregation,
         native.ptr(loss),
         native.ptr(row_weights),
+        native.ptr(scratch),
         native.place(values),
     )
     return loss, row_weights
@@ -314,6 +318,7 @@ def _slope_fake(dloss, new, *rest):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], output[1])
     ctx.options = inputs[5:-1]  # without the aggregation, which row_weights express
 

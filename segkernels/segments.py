@@ -18,6 +18,7 @@ from .layout import (
     constants,
     layout_of,
     number,
+    values_may_be_checked,
 )
 from .reference import segments as reference
 
@@ -126,6 +127,8 @@ def _segment_ends(
     exclude_all: bool,
 ) -> Tensor:
     layout = layout_of("entropy", entropy, cu_seqlens)
+    if entropy.is_cuda and values_may_be_checked(entropy):
+        reference.check_numbers(entropy, mask, layout, current)
     ends = native.empty_like(mask, torch.bool)
     nan = native.kernels(entropy).segment_ends(
         native.floats(entropy),

@@ -427,6 +427,7 @@ def test_ends_outside_the_mask_are_not_read(op, backend):
         ({"rewards": REWARDS[:3], "ends": ENDS[:3]}, ValueError, "even number of rows, .* got 3"),
         ({"rewards": REWARDS[:0], "ends": ENDS[:0]}, ValueError, "at least 2, got 0; stack all"),
         ({"margin": torch.zeros(4)}, ValueError, r"margin: expected shape \[2\], .* got \[4\]"),
+        ({"margin": torch.zeros(2, device="meta")}, ValueError, "margin: expected device cpu like"),
         ({"margin": torch.zeros(2).long()}, TypeError, "margin: expected float32, .* torch.int64"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: .* in \[0, 1\], got 1.5"),
         ({"label_smoothing": NAN}, ValueError, r"label_smoothing: .* in \[0, 1\], got nan"),

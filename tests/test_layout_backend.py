@@ -4,14 +4,16 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import segkernels as sk
 from segkernels import backend, native, segment_bradley_terry, segment_ends, segment_scores
-from segkernels.backend import BackendError, choose, explain
+from segkernels.backend import BackendError, BackendWarning, choose, explain
 from segkernels.layout import (
     check_bools,
     check_floats,
@@ -135,7 +137,7 @@ def test_a_choice_that_cannot_run_says_why(no_choice):
         segment_ends(GRID.double(), mask, 1.0, backend="native")
     with pytest.raises(BackendError, match="its triton implementation serves no device, the tens"):
         segment_scores(GRID, mask, backend="triton")
-    with pytest.raises(BackendError, match="native implementation serves cpu, the tensors are on"):
+    with pytest.raises(BackendError, match="native implementation serves cpu and cuda, the"):
         choose("segment_scores", GRID.to("meta"), backend="native")
     no_choice.setenv("SEGKERNELS_BACKEND", "native")
     with pytest.raises(BackendError, match="segment_bradley_terry: backend 'native' cannot run"):
@@ -155,15 +157,47 @@ def test_a_missing_extension_never_falls_back(no_choice):
     assert re.search(r"segment_ends +none +segment_ends: the compiled extension is", explain())
 
 
+def fake(device, dtype=torch.float32):
+    """What ``choose`` looks at, of a device that may not be here."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+def test_without_the_cuda_module_the_reference_runs_and_says_so_once(no_choice):
+    no_choice.setattr(native, "cuda_extension", None)
+    no_choice.setattr(native, "cuda_missing", "No module named '_cuda'")
+    no_choice.setattr(backend, "_warned", False)
+    on_gpu, double = fake("cuda"), fake("cuda", torch.float64)
+    with pytest.warns(BackendWarning, match=r"plain PyTorch: the CUDA module .* \(No module named"):
+        assert choose("gae", on_gpu) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("gae", on_gpu) == "reference"
+        assert choose("gae", double) == "reference"
+    with pytest.raises(BackendError, match="the CUDA module of the extension is missing"):
+        choose("gae", on_gpu, backend="native")
+    text = explain("cuda")
+    assert "CUDA module: missing (No module named '_cuda')" in text
+    assert re.search(r"gae +reference +the CUDA module of the extension is missing", text)
+
+
+def test_with_the_cuda_module_it_serves_cuda(no_choice):
+    no_choice.setattr(native, "cuda_extension", SimpleNamespace(build_info=lambda: "built for x"))
+    assert choose("gae", fake("cuda")) == "native"
+    assert choose("gae", fake("cuda", torch.float64)) == "reference"
+    text = explain("cuda")
+    assert "CUDA module: built for x" in text
+    assert re.search(r"gae +native +serves cuda", text)
+
+
 def test_explain(no_choice):
     text = explain()
     assert text.startswith("device cpu; SEGKERNELS_BACKEND not set\nextension: isa ")
-    assert f"built without CUDA, {torch.get_num_threads()} threads" in text
+    assert f", {torch.get_num_threads()} threads\nCUDA module: " in text
     for op in backend.DEVICES:
         assert re.search(rf"^{op} +(native|reference) ", text, re.MULTILINE)
     assert re.search(r"segment_ends +native +serves cpu", text)
     assert re.search(r"segment_offsets +reference +no kernel serves cpu", text)
-    assert re.search(r"segment_ends +reference +no kernel serves cuda", explain("cuda"))
+    assert re.search(r"segment_offsets +reference +no kernel serves cuda", explain("cuda"))
     no_choice.setenv("SEGKERNELS_BACKEND", "reference")
     assert explain().startswith("device cpu; SEGKERNELS_BACKEND reference\n")
     assert re.search(r"segment_ends +reference +asked for by SEGKERNELS_BACKEND", explain())

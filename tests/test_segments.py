@@ -264,6 +264,7 @@ MASK = torch.ones(2, 3, dtype=torch.bool)
         ({"threshold": NAN}, ValueError, "threshold: expected nats or .*got NaN"),
         ({"entropy": torch.zeros(6)}, ValueError, r"entropy: expected shape \[rows, tokens\]"),
         ({"entropy": ENTROPY.long()}, TypeError, r"entropy: expected float32.*entropy.float\(\)"),
+        ({"exclude_last": MASK[:, 0].to("meta")}, ValueError, "exclude_last: expected device cpu"),
         ({"mask": MASK.float()}, TypeError, r"mask: expected bool, got torch.float32; pass mask"),
         ({"mask": MASK[:, :2]}, ValueError, r"mask: expected shape \[2, 3\] like entropy, got \["),
         ({"entropy_of": "last"}, ValueError, "entropy_of: expected 'next' or 'current', got 'last"),

@@ -190,21 +190,8 @@ void aggregate(Flags mask, Rows rows, Aggregation aggregation, float* loss, doub
   }
   double total = 0;
   for (int64_t row = 0; row < rows.count; ++row) {
-    const double count = row_weights[row];
-    if (count == 0) continue;
-    double& weight = row_weights[row];
-    switch (aggregation) {
-      case Aggregation::token_mean:
-        weight = 1 / tokens;
-        break;
-      case Aggregation::seq_mean_token_mean:
-        weight = 1 / (seqs * count);
-        break;
-      case Aggregation::seq_mean_token_sum:
-        weight = 1 / seqs;
-        break;
-    }
-    total += weight * sums[row];
+    row_weights[row] = token_weight(aggregation, row_weights[row], tokens, seqs);
+    if (row_weights[row] > 0) total += row_weights[row] * sums[row];
   }
   *loss = static_cast<float>(total);
 }
@@ -219,33 +206,6 @@ void weigh_slopes(const float* dloss, Flags mask, Rows rows, const double* row_w
     });
   });
 }
-
-// log of the ratio, held where clipping lets the loss grow no further: then exp cannot overflow
-// for a token whose term is bounded. NaN stays NaN.
-template <class T>
-T limited_log_ratio(T log_ratio, T advantage, T low, T high) {
-  if (advantage >= 0) return log_ratio > high ? high : log_ratio;
-  return log_ratio < low ? low : log_ratio;
-}
-
-struct ValueError {
-  float plain;
-  float clipped;
-  bool inside;  // the clipped prediction is the prediction
-
-  ValueError(float value, float old_value, float ret, float clip) {
-    const float low = old_value - clip;
-    const float high = old_value + clip;
-    inside = value >= low && value <= high;
-    float limited = NAN;  // what is neither inside, below nor above
-    if (inside) limited = value;
-    if (value < low) limited = low;
-    if (value > high) limited = high;
-    plain = value - ret;
-    clipped = limited - ret;
-  }
-  bool plain_counts() const { return plain * plain >= clipped * clipped; }
-};
 
 }  // namespace
 
@@ -298,7 +258,7 @@ void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, F
       rewards, logprobs, ref_logprobs, values);
 }
 
-void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, Place place) {
+void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, void*, Place place) {
   const int64_t blocks = (n + kMomentsBlock - 1) / kMomentsBlock;
   std::vector<Moments> parts(static_cast<size_t>(blocks));
   with_storage(
@@ -326,20 +286,12 @@ void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, Place p
 
 void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bool center,
                 float* out, Place place) {
-  const double count = moments[0];
-  const double mean = moments[1];
-  double variance = count > 0 ? moments[2] / count : 0;
-  if (variance < kVarianceFloor) variance = kVarianceFloor;
-  const double scale = 1 / std::sqrt(variance);
-  const double shift = center ? 0 : mean;
+  const Whitening whitened({moments[0], moments[1], moments[2]}, center);
   const Flags actions = flags_of(mask);
   with_storage(
       [&](auto values) {
         const auto range = [&](int64_t first, int64_t last) {
-          for (int64_t t = first; t < last; ++t) {
-            const double white = (values[t] - mean) * scale + shift;
-            out[t] = keep(actions[t], static_cast<float>(white));
-          }
+          for (int64_t t = first; t < last; ++t) out[t] = keep(actions[t], whitened(values[t]));
         };
         parallel_for(n, kTokensPerTask, place, std::cref(range));
       },
@@ -348,43 +300,34 @@ void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bo
 
 void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, const bool* mask,
                      Rows rows, float low, float high, Aggregation aggregation, float* loss,
-                     double* row_weights, Place place) {
-  aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place, [&](int64_t t) {
-    // Double: the terms cancel, and the errors of a float's exp would remain.
-    const double advantage = advantages[t];
-    const double q = static_cast<double>(logprobs[t]) - old_logprobs[t];
-    return -advantage * std::exp(limited_log_ratio<double>(q, advantage, low, high));
-  });
+                     double* row_weights, void*, Place place) {
+  const PolicyTerm term{low, high};
+  aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place,
+            [&](int64_t t) { return term.loss(logprobs[t], old_logprobs[t], advantages[t]); });
 }
 
 void policy_loss_bwd(const float* dloss, Floats logprobs, Floats old_logprobs, Floats advantages,
                      const bool* mask, Rows rows, float low, float high, const double* row_weights,
                      float* dlogprobs, Place place) {
-  weigh_slopes(dloss, flags_of(mask), rows, row_weights, dlogprobs, place, [&](int64_t t) {
-    const float advantage = advantages[t];
-    const float q = logprobs[t] - old_logprobs[t];
-    const bool clipped = limited_log_ratio<float>(q, advantage, low, high) != q && q == q;
-    return clipped ? 0.0f : -advantage * std::exp(q);
-  });
+  const PolicyTerm term{low, high};
+  weigh_slopes(dloss, flags_of(mask), rows, row_weights, dlogprobs, place,
+               [&](int64_t t) { return term.slope(logprobs[t], old_logprobs[t], advantages[t]); });
 }
 
 void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool* mask, Rows rows,
-                    float clip, Aggregation aggregation, float* loss, double* row_weights,
+                    float clip, Aggregation aggregation, float* loss, double* row_weights, void*,
                     Place place) {
-  aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place, [&](int64_t t) {
-    const ValueError error(values[t], old_values[t], returns[t], clip);
-    const float counted = error.plain_counts() ? error.plain : error.clipped;
-    return 0.5f * counted * counted;
-  });
+  const ValueTerm term{clip};
+  aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place,
+            [&](int64_t t) { return term.loss(values[t], old_values[t], returns[t]); });
 }
 
 void value_loss_bwd(const float* dloss, Floats values, Floats old_values, Floats returns,
                     const bool* mask, Rows rows, float clip, const double* row_weights,
                     float* dvalues, Place place) {
-  weigh_slopes(dloss, flags_of(mask), rows, row_weights, dvalues, place, [&](int64_t t) {
-    const ValueError error(values[t], old_values[t], returns[t], clip);
-    return error.plain_counts() || error.inside ? error.plain : 0.0f;
-  });
+  const ValueTerm term{clip};
+  weigh_slopes(dloss, flags_of(mask), rows, row_weights, dvalues, place,
+               [&](int64_t t) { return term.slope(values[t], old_values[t], returns[t]); });
 }
 
 }  // namespace segk

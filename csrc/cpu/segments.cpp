@@ -150,7 +150,7 @@ void segment_scores_bwd(const float* dscores, const int32_t* counts, const bool*
 void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
                                const float* margin, BradleyTerryOptions options, float* loss,
                                float* scores, float* accuracy, int32_t* counts, float* slopes,
-                               Place place) {
+                               void*, Place place) {
   segment_scores_fwd(rewards, ends, mask, rows, options.mean, scores, counts, place);
   const int64_t pairs = rows.count / 2;
   double total = 0;
@@ -172,9 +172,8 @@ void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mas
 void segment_bradley_terry_bwd(const float* dloss, const float* dscores, const float* slopes,
                                const int32_t* counts, const bool* ends, const bool* mask, Rows rows,
                                bool mean, float* drewards, Place place) {
-  const float scale = *dloss;
-  scatter_rows([&](int64_t row) { return scale * slopes[row] + dscores[row]; }, counts, ends, mask,
-               rows, mean, drewards, place);
+  scatter_rows([&](int64_t row) { return score_gradient(dloss, dscores, slopes, row); }, counts,
+               ends, mask, rows, mean, drewards, place);
 }
 
 }  // namespace segk

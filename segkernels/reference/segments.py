@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout, values_may_be_checked
-from ._actions import actions
+from ._actions import Actions, actions
 
 
 def segment_ends(
@@ -20,11 +20,9 @@ def segment_ends(
     a = actions(mask, layout)
     h = a.take(entropy).float()  # [A]
     rank, count = a.rank, a.counts[a.row]
-    decides = rank > 0 if current else torch.ones_like(rank, dtype=torch.bool)
+    decides = _decides(a, current)
     if values_may_be_checked(entropy):
-        nan = (h.isnan() & decides).nonzero()
-        if nan.numel():
-            raise nan_entropy(layout, int(a.index[nan[0, 0]]))
+        _check_numbers(h, a, decides)
 
     over = (h > torch.tensor(threshold, dtype=torch.float32, device=h.device)) & decides
     if current:
@@ -33,6 +31,23 @@ def segment_ends(
     excluded = exclude_last[a.row] & (count > 1)
     ends = torch.where(left == 0, ~excluded, over | ((left == 1) & excluded))
     return a.put(ends)
+
+
+def check_numbers(entropy: Tensor, mask: Tensor, layout: Layout, current: bool) -> None:
+    """Raises for the first NaN that could decide a boundary; synchronises a GPU."""
+    a = actions(mask, layout)
+    _check_numbers(a.take(entropy), a, _decides(a, current))
+
+
+def _decides(a: Actions, current: bool) -> Tensor:
+    """[A] whether the entropy of an action token decides a boundary."""
+    return a.rank > 0 if current else torch.ones_like(a.rank, dtype=torch.bool)
+
+
+def _check_numbers(h: Tensor, a: Actions, decides: Tensor) -> None:
+    nan = (h.isnan() & decides).nonzero()
+    if nan.numel():
+        raise nan_entropy(a.layout, int(a.index[nan[0, 0]]))
 
 
 def nan_entropy(layout: Layout, token: int) -> ValueError:

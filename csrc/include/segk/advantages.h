@@ -73,6 +73,21 @@ enum class Aggregation : int32_t {
   seq_mean_token_sum = 2
 };
 
+// What a token weighs that is one of `count` action tokens of its row, when there are `tokens` in
+// `seqs` rows that have any.
+SEGK_HD inline double token_weight(Aggregation aggregation, double count, double tokens,
+                                   double seqs) {
+  if (count == 0) return 0;
+  switch (aggregation) {
+    case Aggregation::seq_mean_token_mean:
+      return 1 / (seqs * count);
+    case Aggregation::seq_mean_token_sum:
+      return 1 / seqs;
+    default:
+      return 1 / tokens;
+  }
+}
+
 // Every op writes all tokens of its outputs: 0 where mask is false, and there it reads nothing.
 
 void scatter_segment_rewards_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
@@ -86,10 +101,9 @@ void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, F
                             double kl_coef, double gamma, double lam, float* advantages,
                             float* returns, float* token_rewards, float* kl, Place place);
 
-constexpr double kVarianceFloor = 1e-8;
-
 // moments: count, mean and summed squared deviation over x[mask].
-void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, Place place);
+void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, void* scratch,
+                 Place place);
 
 void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bool center,
                 float* out, Place place);
@@ -98,13 +112,13 @@ void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bo
 // the backward pass takes back.
 void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, const bool* mask,
                      Rows rows, float low, float high, Aggregation aggregation, float* loss,
-                     double* row_weights, Place place);
+                     double* row_weights, void* scratch, Place place);
 void policy_loss_bwd(const float* dloss, Floats logprobs, Floats old_logprobs, Floats advantages,
                      const bool* mask, Rows rows, float low, float high, const double* row_weights,
                      float* dlogprobs, Place place);
 void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool* mask, Rows rows,
                     float clip, Aggregation aggregation, float* loss, double* row_weights,
-                    Place place);
+                    void* scratch, Place place);
 void value_loss_bwd(const float* dloss, Floats values, Floats old_values, Floats returns,
                     const bool* mask, Rows rows, float clip, const double* row_weights,
                     float* dvalues, Place place);

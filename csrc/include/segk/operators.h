@@ -42,6 +42,25 @@ SEGK_HD inline Pieces combine(Pieces left, Pieces right) {
           right.segments ? right.tail : left.tail + right.tail};
 }
 
+// Ends passed so far in a row, and action tokens since the last of them: what the next end needs to
+// know of the tokens before it.
+struct Passed {
+  int32_t ends;
+  int32_t since;
+};
+
+SEGK_HD inline Passed combine(Passed left, Passed right) {
+  return {left.ends + right.ends, right.ends ? right.since : left.since + right.since};
+}
+
+// What the first end of a run of tokens pays, 0 without one.
+struct FirstEnd {
+  float pays;
+  bool found;
+};
+
+SEGK_HD inline FirstEnd combine(FirstEnd left, FirstEnd right) { return left.found ? left : right; }
+
 // Rewards at the ends of a row. Double: a row may hold a hundred thousand segments.
 struct SegmentSum {
   double sum;
@@ -54,6 +73,17 @@ struct SegmentSum {
 
 SEGK_HD inline SegmentSum combine(SegmentSum left, SegmentSum right) {
   return {left.sum + right.sum, left.count + right.count};
+}
+
+// What a loss sums over some rows: terms, action tokens, rows that have any.
+struct LossSums {
+  double terms;
+  double tokens;
+  double seqs;
+};
+
+SEGK_HD inline LossSums combine(LossSums left, LossSums right) {
+  return {left.terms + right.terms, left.tokens + right.tokens, left.seqs + right.seqs};
 }
 
 // Gradient of each end's reward, given that of the row's score.
@@ -95,6 +125,23 @@ SEGK_HD inline PairLoss bradley_terry(double chosen, double rejected, double mar
   pair.dchosen = dd + dsum;
   pair.drejected = -dd + dsum;
   return pair;
+}
+
+// Gradient of a row's score from those of the loss and of the scores, either null for zero.
+SEGK_HD inline float score_gradient(const float* dloss, const float* dscores, const float* slopes,
+                                    int64_t row) {
+  const float of_loss = dloss ? *dloss * slopes[row] : 0.0f;
+  return dscores ? of_loss + dscores[row] : of_loss;
+}
+
+// Losses of some pairs and how many of them are in the right order.
+struct PairSums {
+  double loss;
+  int32_t right;
+};
+
+SEGK_HD inline PairSums combine(PairSums left, PairSums right) {
+  return {left.loss + right.loss, left.right + right.right};
 }
 
 // The map x -> scale * x + shift: one step of a discounted backward sum, and any run of steps.
@@ -144,5 +191,78 @@ SEGK_HD inline Moments combine(Moments left, Moments right) {
   return {count, left.mean + delta * share,
           left.m2 + right.m2 + delta * delta * left.count * share};
 }
+
+// Unit variance, floored; mean 0 where `center`, else the mean that was.
+struct Whitening {
+  double mean;
+  double scale;
+  double shift;
+
+  SEGK_HD Whitening(Moments all, bool center) : mean(all.mean), shift(center ? 0 : all.mean) {
+    const double floor = 1e-8;
+    const double variance = all.count > 0 ? all.m2 / all.count : 0;
+    scale = 1 / sqrt(variance < floor ? floor : variance);  // a comparison: NaN stays NaN
+  }
+  SEGK_HD float operator()(float x) const { return static_cast<float>((x - mean) * scale + shift); }
+};
+
+// PPO's policy loss of one token. Low and high bound the log of the ratio, held where clipping lets
+// the loss grow no further: then exp cannot overflow for a token whose term is bounded. NaN stays
+// NaN.
+struct PolicyTerm {
+  float low;
+  float high;
+
+  template <class T>
+  SEGK_HD T limited(T log_ratio, T advantage) const {
+    if (advantage >= 0) return log_ratio > high ? high : log_ratio;
+    return log_ratio < low ? low : log_ratio;
+  }
+  // Double: the terms cancel, and the errors of a float's exp would remain.
+  SEGK_HD double loss(float logprob, float old_logprob, float advantage) const {
+    const double q = static_cast<double>(logprob) - old_logprob;
+    return -static_cast<double>(advantage) * exp(limited<double>(q, advantage));
+  }
+  SEGK_HD float slope(float logprob, float old_logprob, float advantage) const {
+    const float q = logprob - old_logprob;
+    const bool clipped = limited<float>(q, advantage) != q && q == q;
+    return clipped ? 0.0f : -advantage * expf(q);
+  }
+};
+
+// PPO's value loss of one token.
+struct ValueTerm {
+  float clip;
+
+  SEGK_HD float loss(float value, float old_value, float ret) const {
+    const Errors error(value, old_value, ret, clip);
+    const float counted = error.plain_counts() ? error.plain : error.clipped;
+    return 0.5f * counted * counted;
+  }
+  SEGK_HD float slope(float value, float old_value, float ret) const {
+    const Errors error(value, old_value, ret, clip);
+    return error.plain_counts() || error.inside ? error.plain : 0.0f;
+  }
+
+ private:
+  struct Errors {
+    float plain;
+    float clipped;
+    bool inside;  // the clipped prediction is the prediction
+
+    SEGK_HD Errors(float value, float old_value, float ret, float clip) {
+      const float low = old_value - clip;
+      const float high = old_value + clip;
+      inside = value >= low && value <= high;
+      float limited = NAN;  // what is neither inside, below nor above
+      if (inside) limited = value;
+      if (value < low) limited = low;
+      if (value > high) limited = high;
+      plain = value - ret;
+      clipped = limited - ret;
+    }
+    SEGK_HD bool plain_counts() const { return plain * plain >= clipped * clipped; }
+  };
+};
 
 }  // namespace segk

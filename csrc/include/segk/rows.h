@@ -9,7 +9,7 @@ namespace segk {
 
 struct Rows {
   int64_t count;              // N
-  int64_t row_len;            // T of the grid; unused with cu_seqlens
+  int64_t row_len;            // T of the grid; with cu_seqlens their mean, rounded up
   const int32_t* cu_seqlens;  // [N + 1], or null for the grid
 
   SEGK_HD int64_t begin(int64_t row) const {

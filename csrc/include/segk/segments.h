@@ -10,7 +10,8 @@ namespace segk {
 
 // ends [T]; exclude_last [N], or null for `exclude_all` in every row. Writes every token of the
 // rows. `current`: entropy[t] belongs to the distribution that produced t. Returns the first token
-// whose NaN could decide a boundary, else -1.
+// whose NaN could decide a boundary, else -1; on GPUs always -1, because they would have to be
+// waited for.
 int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshold, bool current,
                      const bool* exclude_last, bool exclude_all, bool* ends, Place place);
 
@@ -33,9 +34,9 @@ struct BradleyTerryOptions {
 void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mask, Rows rows,
                                const float* margin, BradleyTerryOptions options, float* loss,
                                float* scores, float* accuracy, int32_t* counts, float* slopes,
-                               Place place);
+                               void* scratch, Place place);
 
-// drewards [T] from dloss [1] and dscores [N].
+// drewards [T] from dloss [1] and dscores [N]; either may be null for zeros.
 void segment_bradley_terry_bwd(const float* dloss, const float* dscores, const float* slopes,
                                const int32_t* counts, const bool* ends, const bool* mask, Rows rows,
                                bool mean, float* drewards, Place place);

@@ -1,0 +1,42 @@
+// The CUDA module as csrc/bindings_cuda.cpp makes it, over kernels that run on the host.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+
+#include "cuda/scratch.h"
+
+void bind_segments(pybind11::module_& m);
+void bind_advantages(pybind11::module_& m);
+
+namespace {
+
+// What the stand-in has to find: a barrier that one thread leaves out, and a result that depends on
+// whose turn comes first.
+struct Fault {
+  bool skips_barrier;
+  int* last;
+};
+
+void faulty_kernel(Fault fault) {
+  if (!(fault.skips_barrier && threadIdx.x == 5)) __syncthreads();
+  *fault.last = static_cast<int>(threadIdx.x);
+}
+
+int run_faulty(bool skips_barrier) {
+  int last = -1;
+  cudaLaunchConfig_t config;
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(64);
+  cudaLaunchKernelEx(&config, faulty_kernel, Fault{skips_barrier, &last});
+  return last;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_on_host, m) {
+  m.attr("SCRATCH_BYTES") = segk::kScratchBytes;
+  m.def("order", &cuda_on_host::order);
+  m.def("launches", [] { return cuda_on_host::launched.exchange(0); });
+  m.def("run_faulty", &run_faulty);
+  bind_segments(m);
+  bind_advantages(m);
+}
