@@ -40,8 +40,9 @@ def entropy_from_logits(
         dH/dz_v = -p_v (log p_v + H)
 
     A logit of -inf (a banned token) adds exactly 0 to H and to every gradient; so does one whose
-    probability is below 2e-38 of the largest, in the native implementation. A row that holds NaN
-    or +inf, or nothing but -inf, gives NaN.
+    probability is below 2e-38 of the largest, in the native implementation, whose exp is within
+    1.1 ulp (1.4 without a fused multiply-add). A row that holds NaN or +inf, or nothing but -inf,
+    gives NaN.
 
     Args:
         logits: ``[..., V]``, any leading shape, which may be a view such as ``logits[:, :-1]``.

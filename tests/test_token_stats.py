@@ -376,7 +376,7 @@ def test_shifted_logits_are_not_copied():
 
 
 @storage
-@pytest.mark.parametrize(("rows", "vocab"), [(97, 3001), (40, 33_001), (3, 33_001), (1, 151_936)])
+@pytest.mark.parametrize(("rows", "vocab"), [(97, 3001), (40, 33_001), (5, 33_001), (1, 151_936)])
 def test_threads_and_reruns_are_bitwise_equal(dtype, rows, vocab, two_threads):
     """Few long rows are shared out by columns, many by rows."""
     logits, targets = draw(rows, vocab, dtype)

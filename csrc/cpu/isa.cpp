@@ -62,8 +62,8 @@ const Isa& isa() {
 // order, whichever threads found them.
 constexpr int64_t kSpan = 16384;
 
-// Columns that pay for waking a thread.
-constexpr int64_t kGrain = 32768;
+// Columns that pay for waking a thread: some 20 microseconds of work.
+constexpr int64_t kGrain = 65536;
 
 // A gradient of this many bytes is in no cache by the time it is needed: written past the caches,
 // it saves reading the memory that it goes to. A smaller one would then be slower to read.
@@ -73,8 +73,9 @@ int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 int64_t spans_of(const VocabRows& rows) { return (rows.vocab + kSpan - 1) / kSpan; }
 
-// How many pieces of this many columns pay for waking a thread.
-int64_t grain_of(int64_t columns) { return std::max<int64_t>(1, kGrain / columns); }
+int64_t threads_for(const VocabRows& rows, int threads) {
+  return std::min<int64_t>(threads, rows.count * rows.vocab / kGrain);
+}
 
 int64_t offset_of(const VocabRows& rows, int64_t row) {
   return row / rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride;
@@ -123,14 +124,15 @@ void each_row(const VocabRows& rows, const bool* mask, int threads, const Done& 
     done(row, &state);
   };
 
+  const int64_t useful = threads_for(rows, threads);
   if (spans == 1 || rows.count >= 16 * threads) {
-    parallel_for(rows.count, grain_of(rows.vocab), threads, [&](int64_t begin, int64_t end) {
+    parallel_for(rows.count, 1, useful, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) finish(row, span_state);
     });
     return;
   }
   std::vector<RowState> states(static_cast<size_t>(rows.count * spans));
-  parallel_for(rows.count * spans, grain_of(kSpan), threads, [&](int64_t begin, int64_t end) {
+  parallel_for(rows.count * spans, 1, useful, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       if (!masked(i / spans)) states[i] = span_state(i / spans, i % spans);
   });
@@ -242,10 +244,9 @@ void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* d
       kernels.backward(rows.dtype, x, dx, n, gradient, streaming);
     }
   };
-  parallel_for(rows.count * spans, grain_of(std::min(kSpan, rows.vocab)), threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) span_gradient(i / spans, i % spans * kSpan);
-               });
+  parallel_for(rows.count * spans, 1, threads_for(rows, threads), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) span_gradient(i / spans, i % spans * kSpan);
+  });
 }
 
 void vocab_exp(const float* x, float* out, int64_t count) { isa().kernels->exp(x, out, count); }
