@@ -22,7 +22,7 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--seconds", type=float, default=2.0, help="of alternation for each case (default 2)"
+        "--seconds", type=float, default=0.5, help="for each contender of a case (default 0.5)"
     )
     parser.addoption("--results", type=Path, help="write the results of this run here")
 
@@ -40,10 +40,9 @@ def side_by_side(request, benchmark):
         config.bandwidth.append(harness.read_bandwidth())
 
     def run(case):
-        comparison = harness.compare(case)
+        comparison = harness.compare(case, config.getoption("seconds"))
         alternation = comparison.alternation
-        rounds = alternation.rounds(config.getoption("seconds"))
-        benchmark.pedantic(alternation.round, rounds=rounds)
+        benchmark.pedantic(alternation.round, rounds=alternation.rounds)
         results = comparison.finish()
         benchmark.extra_info["contenders"] = results
         config.measured += results

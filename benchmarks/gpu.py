@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def tests(run: Run) -> None:
     # The kernels' tests; those of the training layer need packages that kernels do not.
     command = [*PYTEST, "--ignore=tests/segrlhf"]
     if run.dry:
-        _execute([*command, "--collect-only"], LIMITS["tests"])
+        _execute([*command, "-q", "--collect-only"], LIMITS["tests"])
         print("skipped: the tests themselves need a GPU")
         return
     _execute([*command, "--durations=5"], LIMITS["tests"], SEGKERNELS_REQUIRE="cuda,triton")
@@ -237,7 +238,7 @@ def cases(run: Run) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
 
     device = "cpu" if run.dry else "cuda"
     bf16 = torch.bfloat16
-    seconds = 0.0 if run.dry else 1.5
+    seconds = 0.0 if run.dry else 0.2
     clock = harness.wall_clock if run.dry else event_clock
 
     def size(full: int, small: int) -> int:
@@ -245,7 +246,7 @@ def cases(run: Run) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
 
     def large(make: Callable[[], harness.Case]) -> Callable[[], list[dict[str, Any]]]:
         def measure():
-            return _alternate(harness.compare(make(), clock), seconds)
+            return _alternate(harness.compare(make(), seconds, clock))
 
         return measure
 
@@ -260,11 +261,11 @@ def cases(run: Run) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
         def measure():
             case = make(0)
             if run.dry:
-                return _alternate(harness.compare(case, clock), seconds)
+                return _alternate(harness.compare(case, seconds, clock))
             cache = torch.cuda.get_device_properties(0).L2_cache_size
             count = min(64, max(3, math.ceil(2 * cache / max(case.moved, 1))))
             copies = [make(seed) for seed in range(1, count)]
-            results = _alternate(harness.compare(case, clock, copies, graph), seconds)
+            results = _alternate(harness.compare(case, seconds, clock, copies, graph))
             ours = case.call(case.runs()[OURS])
             for result in results:
                 if result["contender"] == OURS:
@@ -278,12 +279,6 @@ def cases(run: Run) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     loss_shape = (size(8, 2), size(1024, 3), *shape[1:])
     stats, sequence, linear = bench_token_stats, bench_sequence, bench_linear
 
-    def policy(gated: float) -> harness.Case:
-        case = linear.linear_policy_loss(*loss_shape, gated=gated)
-        if gated:  # the others' time does not depend on it
-            case.contenders = {OURS: case.contenders[OURS]}
-        return case
-
     def backward_alone() -> harness.Case:
         case = stats.logprobs_and_entropy(rows, vocab, bf16, device, backward=True, forward=False)
         # What eager forms keep for their backward pass, all at once, fills the GPU.
@@ -296,7 +291,8 @@ def cases(run: Run) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     yield "linear, forward", large(lambda: linear.linear(*shape))
     yield "linear, forward + backward", large(lambda: linear.linear(*shape, backward=True))
     for gated in (0.0, 0.5, 0.9):
-        yield f"policy loss, {gated:.0%} gated", large(lambda gated=gated: policy(gated))
+        policy = partial(linear.linear_policy_loss, *loss_shape, gated=gated)
+        yield f"policy loss, {gated:.0%} gated", large(policy)
     path = sequence.boundaries_to_advantages
     yield "boundaries to advantages", small(path, "uniform", 512, 4096)
     yield "boundaries to advantages, 16M tokens", small(path, "uniform", 4096, 4096)
@@ -328,8 +324,8 @@ def cases(run: Run) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
         yield op.__name__, small(op, "uniform", 512, 4096, backward=True)
 
 
-def _alternate(comparison: Any, seconds: float) -> list[dict[str, Any]]:
-    for _ in range(comparison.alternation.rounds(seconds)):
+def _alternate(comparison: Any) -> list[dict[str, Any]]:
+    for _ in range(comparison.alternation.rounds):
         comparison.alternation.round()
     return comparison.finish()
 

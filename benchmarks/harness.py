@@ -48,8 +48,7 @@ ALLOWED = {
 
 SHORTEST = 4e-3  # seconds of a sample: quicker calls are repeated within it
 PAUSE = 5e-3  # seconds before a sample: the last contender's threads spin a while before they sleep
-SLOW = 0.25  # seconds of a call beyond which a contender sits out rounds
-FEWEST = 3  # samples of the slowest contender
+FEWEST, MOST = 3, 50  # samples of a contender
 
 
 @dataclass(frozen=True)
@@ -196,37 +195,39 @@ class Alternation:
     """Rounds over several contenders; ``round()`` times each of them once, in turn.
 
     The first, here, finds how often a call has to be repeated, and counts where that is once.
+    Each contender then gets ``seconds``, but some samples at least and not too many; those of the
+    slow ones are spread over the rounds.
     """
 
-    def __init__(self, timed: Mapping[str, Timed], clock: Clock = wall_clock):
+    def __init__(self, timed: Mapping[str, Timed], clock: Clock = wall_clock, seconds: float = 0.5):
         self.timed = dict(timed)
         self.clock = clock
-        self.once = {name: max(self._time(name, 1), 1e-7) for name in self.timed}
-        self.repeats = {name: math.ceil(SHORTEST / t) for name, t in self.once.items()}
-        self.every = {name: math.ceil(t / SLOW) for name, t in self.once.items()}
-        self.samples: dict[str, list[float]] = {
-            name: [t / self.timed[name].calls] if self.repeats[name] == 1 else []
-            for name, t in self.once.items()
-        }
+        self.samples: dict[str, list[float]] = {name: [] for name in timed}
+        self.repeats = dict.fromkeys(timed, 1)
+        once = {name: self._time(name) for name in timed}
+        self.repeats = {name: math.ceil(SHORTEST / max(t, 1e-7)) for name, t in once.items()}
+        self.wanted: dict[str, int] = {}
+        for name, t in once.items():
+            counts = self.repeats[name] == 1
+            if counts:
+                self.samples[name].append(t / self.timed[name].calls)
+            fit = int(seconds / (t * self.repeats[name]))
+            self.wanted[name] = min(max(fit, FEWEST), MOST) - counts
+        self.rounds = max(self.wanted.values())
         self.done = 0
 
-    def _time(self, name: str, repeats: int) -> float:
+    def _time(self, name: str) -> float:
         time.sleep(PAUSE)
+        repeats = self.repeats[name]
         return self.clock(self.timed[name].run, repeats) / repeats
-
-    def rounds(self, seconds: float) -> int:
-        """As many as fit, at least so many that the slowest contender has its samples."""
-        each = sum(t * self.repeats[name] / self.every[name] for name, t in self.once.items())
-        fewest = max((FEWEST - 1) * every for every in self.every.values())
-        return max(fewest, min(50, int(seconds / each)))
 
     def round(self) -> None:
         names = list(self.timed)
         first = self.done % len(names)
         for name in names[first:] + names[:first]:
-            if self.done % self.every[name] == 0:
-                seconds = self._time(name, self.repeats[name])
-                self.samples[name].append(seconds / self.timed[name].calls)
+            before, now = ((self.done + step) * self.wanted[name] // self.rounds for step in (0, 1))
+            if now > before:
+                self.samples[name].append(self._time(name) / self.timed[name].calls)
         self.done += 1
 
 
@@ -296,13 +297,17 @@ Batch = Callable[[list[Callable[[], Any]]], tuple[Timed, str]]
 
 
 def compare(
-    case: Case, clock: Clock = wall_clock, copies: Iterable[Case] = (), batch: Batch | None = None
+    case: Case,
+    seconds: float = 0.5,
+    clock: Clock = wall_clock,
+    copies: Iterable[Case] = (),
+    batch: Batch | None = None,
 ) -> Comparison:
     """Runs every contender once, checks it, and sets those that are right against each other.
 
-    ``batch`` makes one thing to time, and a word for how, of the calls on the case and its
-    ``copies``. An error of ours is an error; one of another contender's is its reason for having no
-    time.
+    ``seconds`` is the time for each. ``batch`` makes one thing to time, and a word for how, of the
+    calls on the case and its ``copies``. An error of ours is an error; one of another contender's
+    is its reason for having no time.
     """
     torch.compiler.reset()
     every = [case, *copies]
@@ -347,7 +352,7 @@ def compare(
         name, run = case.yardstick
         results[name] = common | {"contender": name}
         timed[name] = Timed(run)
-    return Comparison(results, Alternation(timed, clock))
+    return Comparison(results, Alternation(timed, clock, seconds))
 
 
 def compiled(forward: Forward) -> Forward:

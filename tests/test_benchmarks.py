@@ -148,28 +148,42 @@ def test_wrong_gradients_are_wrong():
 def test_contenders_take_turns_and_slow_ones_sit_out_rounds(monkeypatch):
     monkeypatch.setattr(harness, "PAUSE", 0)
     calls = []
-    seconds = {"a": 0.01, "b": 3 * harness.SLOW, "c": harness.SHORTEST / 4}
+    seconds = {"a": 0.01, "b": 3.0, "c": harness.SHORTEST / 4}
 
     def clock(run, repeats):
         calls.append((run, repeats))
         return seconds[run] * repeats
 
     timed = {name: harness.Timed(name, 2 if name == "a" else 1) for name in seconds}
-    alternation = harness.Alternation(timed, clock)
+    alternation = harness.Alternation(timed, clock, seconds=0.05)
     assert calls == [("a", 1), ("b", 1), ("c", 1)]
+    assert alternation.rounds == 12  # 0.05 s of samples of 4 ms each
     calls.clear()
-    for _ in range(4):
+    for _ in range(12):
         alternation.round()
-    assert calls == [
-        *(("a", 1), ("b", 1), ("c", 4)),
-        *(("c", 4), ("a", 1)),
-        *(("c", 4), ("a", 1)),
-        *(("a", 1), ("b", 1), ("c", 4)),
-    ]
+    assert [calls.count(call) for call in (("a", 1), ("b", 1), ("c", 4))] == [4, 2, 12]
+    assert len(calls) == 18
+    assert calls[:4] == [("c", 4)] * 2 + [("c", 4), ("a", 1)]  # each round begins with the next
+    first_b, second_b = (i for i, call in enumerate(calls) if call[0] == "b")
+    assert second_b - first_b > 6
     assert alternation.samples["a"] == [0.005] * 5  # two calls of the op a run
-    assert alternation.samples["b"] == [seconds["b"]] * 3
-    assert alternation.samples["c"] == [pytest.approx(seconds["c"])] * 4
-    assert alternation.rounds(0.0) == 2 * 3  # for the slowest one's other samples
+    assert alternation.samples["b"] == [3.0] * 3
+    assert alternation.samples["c"] == [pytest.approx(seconds["c"])] * 12
+
+
+def test_rounds_start_with_one_after_the_other(monkeypatch):
+    monkeypatch.setattr(harness, "PAUSE", 0)
+    calls = []
+
+    def clock(run, repeats):
+        calls.append(run)
+        return 0.1
+
+    alternation = harness.Alternation({name: harness.Timed(name) for name in "abc"}, clock, 0.4)
+    calls.clear()
+    for _ in range(alternation.rounds):
+        alternation.round()
+    assert calls == [*"abc", *"bca", *"cab"]
 
 
 def test_the_spread_of_samples():
