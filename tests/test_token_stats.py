@@ -450,7 +450,7 @@ def test_new_gradients_come_in_large_pages():
     """A page fault for every 4 KiB of a gradient costs more than computing it."""
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("this system has no large pages to ask for")
-    dlogits = run("native", *draw(64, 32_768, torch.float32))[2]
+    dlogits = run(NATIVE, *draw(64, 32_768, torch.float32))[2]
     middle = dlogits.data_ptr() + dlogits.nbytes // 2
     flags = []
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -570,7 +570,7 @@ def test_every_instruction_set():
     for name in names:
         done = in_process(name, "import test_token_stats as t; t.check_everything()")
         assert done.returncode == 0, f"{name}: {done.stderr}"
-        assert f"isa {name};" in done.stdout
+        assert f"isa {name}\n" in done.stdout
 
 
 def test_vector_instructions_stay_where_they_are_chosen():
