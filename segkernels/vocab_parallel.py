@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import vocab
 from .backend import choose
-from .layout import check_floats, values_may_be_checked
+from .layout import check_device, check_floats, check_tensor, constants, values_may_be_checked
 from .reference import vocab_parallel as reference
 from .token_stats import (
     IGNORED,
@@ -141,6 +141,7 @@ def merge_vocab_stats(
     """
     targets, scalar, temperatures = _check_shard(logits, targets, vocab_start, temperature, mask)
     _check_states(states, logits)
+    (states,) = constants(states)
     name = choose("merge_vocab_stats", logits, backend=backend)
     if name == "reference":
         if values_may_be_checked(logits):
@@ -180,9 +181,9 @@ def _check_shard(
         raise ValueError(
             "logits: expected shape [..., columns of this shard], got []; pass one row per token"
         )
-    if vocab_start < 0:
+    if not (isinstance(vocab_start, int) and vocab_start >= 0):
         raise ValueError(
-            f"vocab_start: expected the id of this shard's first token, got {vocab_start}; "
+            f"vocab_start: expected the id of this shard's first token, got {vocab_start!r}; "
             "pass the number of columns in the shards before it"
         )
     row = logits.new_empty(logits.shape[:-1])  # a shard may have no column to take it from
@@ -190,6 +191,7 @@ def _check_shard(
 
 
 def _check_states(states: Tensor, logits: Tensor) -> None:
+    check_tensor("states", states)
     if states.dtype != torch.float64:
         raise TypeError(
             f"states: expected float64, got {states.dtype}; pass what vocab_shard_stats gave"
@@ -199,11 +201,7 @@ def _check_states(states: Tensor, logits: Tensor) -> None:
             f"states: expected shape {['shards', *logits.shape[:-1], 4]} to fit logits, got "
             f"{list(states.shape)}; stack what vocab_shard_stats gave for every shard"
         )
-    if states.device != logits.device:
-        raise ValueError(
-            f"states: expected device {logits.device} like logits, got {states.device}; "
-            "move it with .to(logits.device)"
-        )
+    check_device("states", states, "logits", logits)
 
 
 def _check_values(states: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "segk/advantages.h"
+#include "segk/normalizer.h"
 #include "segk/segments.h"
 #include "segk/vocab.h"
 
@@ -225,7 +226,7 @@ std::vector<Shape> shapes() {
       {"packed, one token", {1}, true},
       {"packed, empty rows", {0, 5, 0, 0, 3, 0}, true},
       {"packed, around vectors", {1, 2, 31, 32, 33, 63, 64, 65, 1023, 1025}, true},
-      {"packed, giant row", {3, 40001, 0, 40}, true},
+      {"packed, giant row", {3, 90001, 0, 40}, true},
       {"packed, tiny rows", tiny, true},
       {"grid, no row", {}, false},
       {"grid, rows of nothing", {0, 0, 0, 0}, false},
@@ -265,7 +266,8 @@ Array<float> unwritten(int64_t n) { return Array<float>(n, 12345.0f); }
 // Those outside the mask mean nothing.
 Array<bool> random_ends(const Stream& s, Random& random) {
   Array<bool> ends(s.tokens());
-  for (size_t t = 0; t < ends.size(); ++t) ends[t] = uniform(random) < 0.3;
+  const double share = uniform(random) < 0.5 ? 0.4 : 0.0001;
+  for (size_t t = 0; t < ends.size(); ++t) ends[t] = uniform(random) < share;
   for (const auto& row : s.actions) {
     // Some rows end behind their last end, some at it, some have none.
     if (!row.empty()) ends[row.back()] = uniform(random) < 0.5;
@@ -278,21 +280,24 @@ void test_segment_ends(const Stream& s, DType dtype, Random& random) {
   Array<bool> exclude_last(s.count());
   for (size_t row = 0; row < exclude_last.size(); ++row) exclude_last[row] = uniform(random) < 0.5;
   const double threshold = 0.5;
-  for (bool current : {false, true}) {
+  for (int form = 0; form < 4; ++form) {
+    const bool current = form & 1;
+    const bool by_row = form & 2;
     Array<bool> want(s.tokens());
     for (size_t row = 0; row < s.actions.size(); ++row) {
       const auto& a = s.actions[row];
       const size_t m = a.size();
-      const bool excluded = exclude_last[row] && m > 1;
+      const bool excluded = (!by_row || exclude_last[row]) && m > 1;
       for (size_t i = 0; i < m; ++i) {
-        const bool over = current ? i + 1 < m && entropy[a[i + 1]] > threshold  //
-                                  : entropy[a[i]] > threshold;
+        const bool over =
+            current ? i + 1 < m && entropy[a[i + 1]] > threshold : entropy[a[i]] > threshold;
         want[a[i]] = i + 1 == m ? !excluded : over || (excluded && i + 2 == m);
       }
     }
     Array<bool> ends(s.tokens(), true);
-    const int64_t nan = segment_ends(entropy, s.mask.get(), s.rows, static_cast<float>(threshold),
-                                     current, exclude_last.get(), false, ends.get(), kThreads);
+    const int64_t nan =
+        segment_ends(entropy, s.mask.get(), s.rows, static_cast<float>(threshold), current,
+                     by_row ? exclude_last.get() : nullptr, !by_row, ends.get(), kThreads);
     check(nan == -1, "segment_ends: a NaN where there is none");
     check(std::equal(ends.get(), ends.get() + ends.size(), want.get()), "segment_ends");
   }
@@ -305,10 +310,9 @@ void test_segment_ends_nan(const Stream& s, DType dtype, Random& random) {
   std::vector<double> entropy(static_cast<size_t>(s.tokens()), 1.0);
   const size_t first = all.size() / 2;
   entropy[all[first]] = entropy[all.back()] = NAN;
-  Array<bool> exclude_last(s.count(), uniform(random) < 0.5);
   Array<bool> ends(s.tokens());
   const int64_t nan = segment_ends(Stored(dtype, entropy), s.mask.get(), s.rows, 0.5f, false,
-                                   exclude_last.get(), false, ends.get(), kThreads);
+                                   nullptr, uniform(random) < 0.5, ends.get(), kThreads);
   check(nan == static_cast<int64_t>(all[first]), "segment_ends: the first NaN");
 }
 
@@ -476,6 +480,43 @@ std::vector<double> naive_token_rewards(const Stream& s, const Stored& rewards,
     }
   }
   return out;
+}
+
+void test_location_moments(const Stream& s, DType dtype, Random& random) {
+  const Stored rewards = s.random_values(dtype, random);
+  const Array<bool> ends = random_ends(s, random);
+  for (int64_t bins : {1, 7, 1000}) {
+    const auto size = static_cast<size_t>(bins);
+    std::vector<double> count = zeros(bins), mean = count, m2 = count;
+    const auto each_segment = [&](auto visit) {
+      for (const auto& row : s.actions) {
+        const auto segments =
+            std::count_if(row.begin(), row.end(), [&](size_t t) { return ends[t]; });
+        double k = 0;
+        for (size_t t : row) {
+          if (!ends[t]) continue;
+          const double nearest =
+              std::nearbyint(++k / static_cast<double>(segments) * static_cast<double>(bins));
+          visit(std::max<size_t>(static_cast<size_t>(nearest), 1) - 1, rewards[t]);
+        }
+      }
+    };
+    each_segment([&](size_t bin, double reward) {
+      ++count[bin];
+      mean[bin] += reward;
+    });
+    for (size_t bin = 0; bin < size; ++bin) mean[bin] /= std::max(count[bin], 1.0);
+    each_segment(
+        [&](size_t bin, double reward) { m2[bin] += (reward - mean[bin]) * (reward - mean[bin]); });
+    std::vector<double> want = count;
+    want.insert(want.end(), mean.begin(), mean.end());
+    want.insert(want.end(), m2.begin(), m2.end());
+    Array<double> moments(3 * bins, -1);
+    const int64_t not_finite =
+        location_moments(rewards, ends.get(), s.mask.get(), s.rows, bins, moments.get(), kThreads);
+    check(not_finite == 0, "location_moments: rewards that are not finite");
+    check_close("location_moments", moments, want, 1, size);
+  }
 }
 
 struct Advantages {
@@ -706,15 +747,16 @@ std::vector<double> random_row(int64_t vocab, int kind, Random& random) {
 
 // Rows of logits with what an op takes beside them; masked rows hold nothing that may be read.
 struct VocabCase {
-  VocabCase(const Logits& shape_, DType dtype, bool masked_, Random& random)
+  // Rows are kept with probability `kept`; without a mask, all are.
+  VocabCase(const Logits& shape_, DType dtype, double kept, Random& random)
       : shape(shape_),
-        masked(masked_),
+        masked(kept < 1),
         mask(shape_.count(), true),
         targets(shape_.count()),
         temperatures(shape_.count()),
         dlogprobs(shape_.count()),
         dentropy(shape_.count()),
-        logits(dtype, fill(random)) {
+        logits(dtype, fill(kept, random)) {
     rows = {logits.data(),
             dtype,
             shape.count(),
@@ -740,13 +782,13 @@ struct VocabCase {
   VocabRows rows;
 
  private:
-  std::vector<double> fill(Random& random) {
+  std::vector<double> fill(double kept, Random& random) {
     std::vector<double> values(shape.extent(), NAN);
     for (int64_t row = 0; row < shape.count(); ++row) {
       const auto r = static_cast<size_t>(row);
       dlogprobs[r] = row % 4 == 3 ? 0.0f : static_cast<float>(normal(random));
       dentropy[r] = row % 3 == 0 ? 0.0f : static_cast<float>(normal(random));
-      mask[r] = !masked || uniform(random) < 0.6;
+      mask[r] = uniform(random) < kept;
       temperatures[r] = mask[r] ? static_cast<float>(0.5 + uniform(random)) : NAN;
       targets[r] = !mask[r] ? -7
                    : row % 5 == 4
@@ -853,13 +895,23 @@ void test_vocab_everywhere() {
       {1, 20, 5003, 0, 0, false}, {1, 3, 33000, 0, 0, false}, {1, 20, 5003, 0, 0, true}};
   for (const Logits& shape : all) {
     for (DType dtype : kDTypes) {
-      for (bool masked : {false, true}) {
+      for (double kept : {1.0, 0.6}) {
         where = "vocab " + std::to_string(shape.count()) + " x " + std::to_string(shape.vocab) +
-                ", dtype " + std::to_string(static_cast<int>(dtype)) + (masked ? ", masked" : "");
+                ", dtype " + std::to_string(static_cast<int>(dtype)) + (kept < 1 ? ", masked" : "");
         Random random(static_cast<uint64_t>(shape.vocab));
-        test_vocab(VocabCase(shape, dtype, masked, random), random);
+        test_vocab(VocabCase(shape, dtype, kept, random), random);
       }
     }
+  }
+}
+
+// A gradient so large that it is written past the caches.
+void test_vocab_streamed() {
+  for (DType dtype : kDTypes) {
+    where = "vocab streamed, dtype " + std::to_string(static_cast<int>(dtype));
+    const int64_t count = dtype == DType::f32 ? 513 : 1026;
+    Random random(7);
+    test_vocab(VocabCase({1, count, 16387, 0, 0, false}, dtype, 0.01, random), random);
   }
 }
 
@@ -884,6 +936,7 @@ void test_everything() {
   for_each_stream(test_segment_scores);
   for_each_stream(test_bradley_terry);
   for_each_stream(test_rewards_and_advantages);
+  for_each_stream(test_location_moments);
   for_each_stream(test_whiten);
   for_each_stream(test_losses);
   test_vocab_everywhere();
@@ -976,6 +1029,8 @@ int run_with(const char* isa) {
   }
   test_everything();
   test_several_callers();
+  memory = Memory::guarded;
+  test_vocab_streamed();
   const PooledOp op;
   test_pool_sizes(op);
 #if !defined(__SANITIZE_THREAD__)
