@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # nothing of this has to be in
 NEEDED = ("torch", "triton", "pybind11", "cmake", "pytest", "hypothesis")
 MINUTES = 8
 # Of the eight minutes, for what comes before the benchmarks, in seconds; they get the rest.
-LIMITS = {"build": 180, "tests": 150, "memcheck": 60, "racecheck": 60}
+LIMITS = {"build": 150, "tests": 120, "memcheck": 60, "racecheck": 60}
 
 
 class Failed(RuntimeError):
@@ -95,8 +95,10 @@ def _sanitizer(tool: str) -> Callable[[Run], None]:
             print(f"skipped: {'there is no compute-sanitizer' if not found else 'needs a GPU'}")
             return
         # torch's allocator hands out parts of large blocks, between which nothing is out of bounds.
+        # Graph capture needs that allocator, and what torch.compile makes is not ours to check.
+        ours = ("-x", "tests/test_cuda.py", "-k", "not test_gpu_ or million")
         _execute(
-            [found, f"--tool={tool}", "--error-exitcode=1", *PYTEST, "-x", "tests/test_cuda.py"],
+            [found, f"--tool={tool}", "--error-exitcode=1", *PYTEST, *ours],
             LIMITS[tool],
             SEGKERNELS_REQUIRE="cuda,triton",
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
