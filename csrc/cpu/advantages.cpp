@@ -159,28 +159,22 @@ Moments moments_of_block(X x, Flags mask, int64_t begin, int64_t end) {
   return {static_cast<double>(count), mean, m2};
 }
 
-struct Sum {
-  double value;
-};
-
-Sum combine(Sum left, Sum right) { return {left.value + right.value}; }
-
 // Sums term(t) over the action tokens of each row and weighs the rows.
 template <class Term>
 void aggregate(Flags mask, Rows rows, Aggregation aggregation, float* loss, double* row_weights,
                Place place, Term term) {
   std::vector<double> sums(static_cast<size_t>(rows.count));
-  Scan<Sum> scan({0});
+  Scan<SegmentSum> scan({0, 0});
   for_each_row(rows, mask, place, [&](const Row& row) {
-    const Sum sum = scan.total(row, [&](int64_t begin, int64_t end) {
-      double of_block = 0;
+    const SegmentSum sum = scan.total(row, [&](int64_t begin, int64_t end) {
+      SegmentSum of_block{0, 0};
       for (int64_t t = begin; t < end; ++t) {
-        if (mask[t]) of_block += term(t);
+        if (mask[t]) of_block = combine(of_block, SegmentSum{static_cast<double>(term(t)), 1});
       }
-      return Sum{of_block};
+      return of_block;
     });
-    sums[row.index] = sum.value;
-    row_weights[row.index] = static_cast<double>(count_true(row.begin, row.end, mask));
+    sums[row.index] = sum.sum;
+    row_weights[row.index] = sum.count;
   });
   double tokens = 0;
   double seqs = 0;

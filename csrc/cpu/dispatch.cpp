@@ -1,4 +1,4 @@
-// The thread pool, and the choice of an instruction set at run time.
+// The thread pool.
 #include <pthread.h>
 
 #include <algorithm>

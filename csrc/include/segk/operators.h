@@ -61,7 +61,8 @@ struct FirstEnd {
 
 SEGK_HD inline FirstEnd combine(FirstEnd left, FirstEnd right) { return left.found ? left : right; }
 
-// Rewards at the ends of a row. Double: a row may hold a hundred thousand segments.
+// A sum over some tokens of a row, rewards at its ends or terms of a loss, and how many there are.
+// Double: a row may hold a hundred thousand of them.
 struct SegmentSum {
   double sum;
   int32_t count;
