@@ -18,6 +18,7 @@ from .projection import (
     check_projection,
     check_workspace,
     parts_of,
+    room_for_logits,
 )
 from .reference import linear as reference
 from .token_stats import (
@@ -42,8 +43,9 @@ def linear_logprobs_and_entropy(
 ) -> tuple[Tensor | None, Tensor]:
     """Log-probabilities and entropy of softmax((hidden weight^T + bias) / temperature).
 
-    The same numbers as :func:`segkernels.logprobs_and_entropy` of the logits, which are never held:
-    they are computed tile by tile, and again in the backward pass. Extra memory stays within
+    The same numbers as :func:`segkernels.logprobs_and_entropy` of the logits, which are computed
+    tile by tile and again in the backward pass: four products. Where half of ``workspace`` holds
+    all of them, they are kept for the backward pass, which makes three. Extra memory stays within
     ``workspace`` whatever the number of tokens and the vocabulary, the gradients apart; that of
     half-precision hidden states is summed in a float32 buffer of their shape, that of the weight
     rounded once.
@@ -92,7 +94,13 @@ def linear_logprobs_and_entropy(
         return reference.linear_logprobs_and_entropy(
             hidden, weight, targets, bias, per_row(scalar, temperatures), mask
         )
-    logprobs, entropy, _ = linear_fwd(
+    needs_gradient = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    keep_logits = (
+        torch.is_grad_enabled()
+        and needs_gradient
+        and room_for_logits(hidden, weight, workspace, name)
+    )
+    logprobs, entropy, *_ = linear_fwd(
         hidden,
         weight,
         targets,
@@ -100,6 +108,7 @@ def linear_logprobs_and_entropy(
         scalar,
         *each(Tensor.float, temperatures),
         mask,
+        keep_logits,
         workspace,
         name,
     )
@@ -115,14 +124,21 @@ def linear_fwd(
     temperature: float,
     temperatures: Tensor | None,
     mask: Tensor | None,
+    keep_logits: bool,
     workspace: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy, their statistics, and the logits [N, V]: none, or each in the place of its
+    row of hidden."""
     if values_may_be_checked(hidden):
         check_row_values(weight.shape[0], targets, temperatures, mask)
     kernels = vocab.kernels(backend)
     space = Space.of(backend, workspace, hidden)
     rows = HiddenRows(hidden, mask, space.dtype)
+    kept = native.empty(hidden, *_kept_shape(hidden, weight, keep_logits), dtype=space.dtype)
+    if rows.index is not None:
+        kept.zero_()
+    space = space.beside(kept)
     height = space.height(rows)
     columns = space.columns(height, weight)
     projection = Projection(weight, bias, space.dtype, columns)
@@ -136,8 +152,13 @@ def linear_fwd(
         )
         states = native.empty(x, len(x), 4, dtype=torch.float64)
         for part, panel in projection.slices():
-            logits = tile[: len(x) * len(panel)].view(len(x), len(panel))
+            if keep_logits and rows.index is None:
+                logits = kept[block, part]
+            else:
+                logits = tile[: len(x) * len(panel)].view(len(x), len(panel))
             projection.logits(x, part, panel, logits)
+            if keep_logits and rows.index is not None:
+                kept[:, part].index_copy_(0, rows.index[block], logits)
             tile_rows = vocab.Rows(logits, targets_b, temperature, temperatures_b, part.start)
             kernels.accumulate(tile_rows, mask_b, states)
         kernels.finish(
@@ -149,12 +170,30 @@ def linear_fwd(
             stats[block],
         )
     logprobs = logprobs if targets is None else rows.put(logprobs)
-    return logprobs, rows.put(entropy), rows.put(stats)
+    return logprobs, rows.put(entropy), rows.put(stats), kept
+
+
+def _kept_shape(hidden: Tensor, weight: Tensor, keep_logits: bool) -> tuple[int, int]:
+    rows = hidden.numel() // weight.shape[1]  # torch.Size.numel() would fix the sizes of a graph
+    return rows if keep_logits else 0, weight.shape[0]
 
 
 @linear_fwd.register_fake
-def _(hidden, weight, targets, *_):
-    return empty_stats(hidden.shape[:-1], targets, hidden)
+def _(
+    hidden,
+    weight,
+    targets,
+    bias,
+    temperature,
+    temperatures,
+    mask,
+    keep_logits,
+    workspace,
+    backend,
+):
+    dtype = Space.of(backend, workspace, hidden).dtype
+    kept = hidden.new_empty(_kept_shape(hidden, weight, keep_logits), dtype=dtype)
+    return *empty_stats(hidden.shape[:-1], targets, hidden), kept
 
 
 @torch.library.custom_op("segkernels::linear_logprobs_and_entropy_bwd", mutates_args=())
@@ -166,6 +205,7 @@ def linear_bwd(
     temperature: float,
     temperatures: Tensor | None,
     stats: Tensor,
+    kept: Tensor,
     dlogprobs: Tensor | None,
     dentropy: Tensor | None,
     need_hidden: bool,
@@ -182,7 +222,7 @@ def linear_bwd(
     if dentropy is not None:
         has_gradient |= dentropy != 0
     kernels = vocab.kernels(backend)
-    space = Space.of(backend, workspace, hidden)
+    space = Space.of(backend, workspace, hidden).beside(kept)
     rows = HiddenRows(hidden, keep & has_gradient, space.dtype)
     height = space.height(rows)
     # Every slice of dweight is rounded once: by its one product, or from a float32 sum.
@@ -201,17 +241,24 @@ def linear_bwd(
         dw = dweight[part] if sums is None else sums[: len(panel)]
         for block in parts_of(rows.count, height):
             x = rows.read(block)
-            logits = tile[: len(x) * len(panel)].view(len(x), len(panel))
-            projection.logits(x, part, panel, logits)
+            gradient = tile[: len(x) * len(panel)].view(len(x), len(panel))
+            if not len(kept):
+                logits = gradient
+                projection.logits(x, part, panel, logits)
+            elif rows.index is None:
+                logits = kept[block, part]
+            else:
+                logits = gradient
+                torch.index_select(kept[:, part], 0, rows.index[block], out=logits)
             targets, temperatures, *upstream = each(itemgetter(block), *per_row)
             tile_rows = vocab.Rows(logits, targets, temperature, temperatures, part.start)
-            kernels.backward(tile_rows, *upstream, logits)
+            kernels.backward(tile_rows, *upstream, gradient)
             if need_hidden:
-                add_product(dhidden[block], logits, panel, start=part.start == 0)
+                add_product(dhidden[block], gradient, panel, start=part.start == 0)
             if need_weight:
-                add_product(dw, logits.t(), x, start=block.start == 0)
+                add_product(dw, gradient.t(), x, start=block.start == 0)
             if need_bias:
-                dbias[part] += logits.sum(0, dtype=torch.float32)
+                dbias[part] += gradient.sum(0, dtype=torch.float32)
         if sums is not None:
             dweight[part] = dw
     if not rows.count:
@@ -234,6 +281,7 @@ def _(
     temperature,
     temperatures,
     stats,
+    kept,
     dlogprobs,
     dentropy,
     need_hidden,
@@ -249,13 +297,13 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, ctx.temperature, temperatures, _, *ctx.where = inputs
-    ctx.save_for_backward(hidden, weight, targets, bias, temperatures, output[2])
+    hidden, weight, targets, bias, ctx.temperature, temperatures, _, _, *ctx.where = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, temperatures, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dlogprobs, dentropy, _):
-    hidden, weight, targets, bias, temperatures, stats = ctx.saved_tensors
+def _backward(ctx, dlogprobs, dentropy, *_):
+    hidden, weight, targets, bias, temperatures, stats, kept = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     dhidden, dweight, dbias = linear_bwd(
         hidden,
@@ -265,6 +313,7 @@ def _backward(ctx, dlogprobs, dentropy, _):
         ctx.temperature,
         temperatures,
         stats,
+        kept,
         None if targets is None else dlogprobs,
         dentropy,
         need_hidden,
@@ -277,7 +326,7 @@ def _backward(ctx, dlogprobs, dentropy, _):
         dweight if need_weight else None,
         None,
         dbias if need_bias else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 

@@ -33,6 +33,7 @@ from .projection import (
     even_part,
     may_synchronise,
     parts_of,
+    room_for_logits,
 )
 from .reference import linear_policy as reference
 from .token_stats import IGNORED, check_row_inputs, check_row_values, each, empty_stats
@@ -278,6 +279,7 @@ class _Objective:
 
 def _token_weights(mask: Tensor, layout: Layout, aggregation: str) -> Tensor:
     """What each token's term is multiplied with, 0 outside the mask; without synchronisation."""
+    layout.check_rows()
     if layout.cu_seqlens is None:
         counts = mask.sum(1)
     else:
@@ -327,7 +329,6 @@ def _policy_fwd(
     if values_may_be_checked(hidden):
         check_row_values(weight.shape[0], targets, temperatures, mask)
     layout = layout_of("targets", targets, cu_seqlens)
-    layout.check_rows()
     objective = _Objective.of(
         old_logprobs,
         advantages,
@@ -343,14 +344,15 @@ def _policy_fwd(
     needs = (need_hidden, need_weight, need_bias)
     where = (workspace, backend)
     if not any(needs):
-        logprobs, entropy, _ = linear_fwd(*rows, mask, *where)
+        logprobs, entropy, *_ = linear_fwd(*rows, mask, False, *where)
         gradients = _empty_gradients((hidden, weight, bias), needs)
     elif (chunks := _Chunks(hidden, weight, mask, *where)).worthwhile:
         logprobs, entropy, gradients = _three_products(*rows, objective, chunks, *needs, backend)
     else:
-        logprobs, entropy, stats = linear_fwd(*rows, mask, *where)
+        keep_logits = room_for_logits(hidden, weight, *where)
+        logprobs, entropy, *saved = linear_fwd(*rows, mask, keep_logits, *where)
         slopes = objective.slopes(logprobs)
-        gradients = linear_bwd(*rows, stats, *slopes, *needs, *where)
+        gradients = linear_bwd(*rows, *saved, *slopes, *needs, *where)
     loss, clip_fraction, approx_kl = objective.results(logprobs, entropy)
     return loss, logprobs, entropy, clip_fraction, approx_kl, *gradients
 

@@ -38,6 +38,12 @@ class Space:
             return cls(torch.float32, workspace, workspace // 16, panel)
         return cls(hidden.dtype, workspace, workspace * 3 // 8, panel)
 
+    def beside(self, kept: Tensor) -> Space:
+        """What these logits leave of it."""
+        left = 1 - kept.nbytes / self.total
+        sizes = (int(size * left) for size in (self.total, self.tile, self.panel))
+        return Space(self.dtype, *sizes)
+
     def height(self, rows: HiddenRows) -> int:
         """Rows of a tile."""
         # At most four times as many as its columns: the products want neither side short.
@@ -54,6 +60,19 @@ class Space:
         if sums:
             most = min(most, self.panel // (4 * weight.shape[1]))
         return even_part(weight.shape[0], most, 128)
+
+
+def room_for_logits(hidden: Tensor, weight: Tensor, workspace: int | None, backend: str) -> bool:
+    """Whether all logits fit half the workspace: kept from the forward pass, they save the
+    backward pass one product of four."""
+    space = Space.of(backend, workspace, hidden)
+    size = hidden.numel() // weight.shape[1] * weight.shape[0] * space.dtype.itemsize
+    fits = 2 * size <= space.total
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(fits)
+    return fits
 
 
 def even_part(count: int, most: int, multiple: int = 1) -> int:

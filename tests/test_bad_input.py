@@ -256,6 +256,14 @@ def test_values_that_make_no_sense_together_are_refused():
     check_refused("entropy_from_logits", {"logits": floats(*GRID, 0)})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fault", ["decreasing", "overrun", "late"])
+def test_half_precision_projections_refuse_wrong_cu_seqlens(dtype, fault):
+    half = {"hidden": floats(*FLAT, HIDDEN).to(dtype), "weight": floats(VOCAB, HIDDEN).to(dtype)}
+    changed = {**half, "cu_seqlens": BAD_CU_SEQLENS[fault]}
+    check_refused("linear_policy_loss", changed, FLAT, CU_SEQLENS)
+
+
 TABLE = {"positions": [0.5, 1.0], "means": [0.0, 1.0], "stds": [1.0, 2.0]}
 
 

@@ -4,7 +4,7 @@ from backends import NATIVE, REFERENCE, TRITON, Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measure import multiplications, peak_bytes
-from tolerance import assert_close
+from tolerance import assert_close, farthest
 
 from segkernels import linear_logprobs_and_entropy, logprobs_and_entropy, projection
 from segkernels.backend import BackendError
@@ -19,6 +19,7 @@ NAN = float("nan")
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 drivers = pytest.mark.parametrize("backend", DRIVERS)
+keeping = pytest.mark.parametrize("keep_logits", [False, True])
 storage = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 
@@ -167,11 +168,26 @@ def problems(draw_from):
     return hidden, weight, bias, targets.masked_fill(ignored, -100), mask
 
 
+def other_orders(weight, count=4):
+    """The weight with each entry one fp32 rounding up or down: what another order of summation
+    does to the logits, and a lucky baseline of one token does not show."""
+    signs = torch.randint(0, 2, (count, *weight.shape), generator=generator()) * 2 - 1
+    return weight.double() * (1 + torch.finfo(torch.float32).eps * signs)
+
+
 @settings(max_examples=40, deadline=None)
 @given(problems())
 def test_any_shape(problem):
-    *arguments, mask = problem
-    check_against_reference(*arguments, 0.9, mask)
+    hidden, weight, bias, targets, mask = problem
+    wide = (hidden.double(), bias.double(), targets)
+    truth, *moved = (
+        run(REFERENCE, wide[0], w, *wide[1:], 0.9, mask)
+        for w in (weight.double(), *other_orders(weight))
+    )
+    baseline = run(REFERENCE, hidden, weight, bias, targets, 0.9, mask)
+    kernel = run(NATIVE, hidden, weight, bias, targets, 0.9, mask)
+    worst = [farthest(each, t) for *each, t in zip(baseline, *moved, truth, strict=True)]
+    check_close(kernel, worst, truth, (hidden, weight, bias))
 
 
 @backends
@@ -222,19 +238,22 @@ def test_masked_rows_are_transparent(backend, dtype, small_buffers):
     assert all((values == 0).all() for values in nothing)
 
 
-def test_rows_without_upstream_gradient_take_no_part():
+@keeping
+def test_rows_without_upstream_gradient_take_no_part(keep_logits):
     """Their hidden states are destroyed between the passes; every gradient stays a number."""
     hidden, weight, bias, targets = draw((8,), 30, 16, torch.float32)
     targets[0] = -100
-    _, entropy, stats = linear_fwd(hidden, weight, targets, bias, 1.0, None, None, *WHERE)
+    _, entropy, *saved = linear_fwd(
+        hidden, weight, targets, bias, 1.0, None, None, keep_logits, *WHERE
+    )
     up = torch.zeros_like(entropy)
     up[[0, 3]] = 2.0
     expected = linear_bwd(
-        hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True, *WHERE
+        hidden, weight, targets, bias, 1.0, None, *saved, up, None, True, True, True, *WHERE
     )
     hidden[torch.arange(8) != 3] = NAN
     got = linear_bwd(
-        hidden, weight, targets, bias, 1.0, None, stats, up, None, True, True, True, *WHERE
+        hidden, weight, targets, bias, 1.0, None, *saved, up, None, True, True, True, *WHERE
     )
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
@@ -261,6 +280,55 @@ def test_partial_gradients(backend, dtype, needs):
     (logprobs.sum() - entropy.sum()).backward()
     position = ("hidden", "weight", "bias").index(needs)
     assert torch.equal(inputs[needs].grad, everything[position].grad)
+
+
+@drivers
+@storage
+@pytest.mark.parametrize("masked", [False, True])
+def test_kept_logits_give_the_same_gradients(backend, dtype, masked, gpu_driver):
+    """As those computed again, and once more after the first backward pass."""
+    hidden, weight, bias, targets = draw((4, 10), 50, 8, dtype)
+    mask = torch.rand(4, 10, generator=generator()) < 0.7 if masked else None
+    up = torch.randn(4, 10, generator=generator())
+    up[1] = 0
+    size = 40 * 50 * (4 if backend == NATIVE else dtype.itemsize)
+    gradients = []
+    for workspace in (2 * size, 2 * size - 1):
+        inputs = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        logprobs, _ = linear_logprobs_and_entropy(
+            inputs[0],
+            inputs[1],
+            targets,
+            inputs[2],
+            0.7,
+            mask,
+            workspace=workspace,
+            backend=backend,
+        )
+        gradients += [
+            torch.autograd.grad(logprobs, inputs, up, retain_graph=True) for _ in range(2)
+        ]
+    for each in gradients[1:]:
+        for a, b in zip(each, gradients[0], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_kept_logits_depend_on_the_shape_in_one_graph():
+    """Few tokens keep their logits, many do not; a compiled function takes both."""
+    weight = draw((), 50, 8, torch.float32)[1].requires_grad_()
+
+    def loss(hidden):
+        _, entropy = linear_logprobs_and_entropy(
+            hidden, weight, workspace=2 * 20 * 50 * 4, backend="native"
+        )
+        return entropy.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (10, 20, 21, 30):
+        hidden = draw((tokens,), 50, 8, torch.float32)[0].requires_grad_()
+        plain, traced = (torch.autograd.grad(f(hidden), (hidden, weight)) for f in (loss, compiled))
+        for a, b in zip(traced, plain, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @backends
@@ -318,17 +386,17 @@ def test_bf16_autocast_changes_nothing():
         assert torch.equal(a, b)
 
 
+@keeping
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(masked):
+def test_opcheck(masked, keep_logits):
     hidden, weight, bias, targets = draw((3, 4), 17, 8, torch.float32)
     mask = torch.rand(3, 4, generator=generator()) < 0.5 if masked else None
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
-    torch.library.opcheck(
-        linear_fwd, (inputs[0], inputs[1], targets, inputs[2], 0.7, None, mask, *WHERE)
-    )
-    torch.library.opcheck(linear_fwd, (inputs[0], inputs[1], None, None, 0.7, None, mask, *WHERE))
+    how = (0.7, None, mask, keep_logits, *WHERE)
+    torch.library.opcheck(linear_fwd, (inputs[0], inputs[1], targets, inputs[2], *how))
+    torch.library.opcheck(linear_fwd, (inputs[0], inputs[1], None, None, *how))
     detached = [t.detach() for t in inputs]
-    stats = linear_fwd(detached[0], detached[1], targets, detached[2], 0.7, None, mask, *WHERE)[2]
+    saved = linear_fwd(detached[0], detached[1], targets, detached[2], *how)[2:]
     up = torch.randn(3, 4, generator=generator())
     for needs in ((True, True, True), (False, True, False)):
         torch.library.opcheck(
@@ -340,7 +408,7 @@ def test_opcheck(masked):
                 detached[2],
                 0.7,
                 None,
-                stats,
+                *saved,
                 up,
                 None,
                 *needs,
@@ -373,9 +441,11 @@ def test_compiles_in_one_graph():
     [
         ("native", None, 1500, 64, 40_000),
         ("native", None, 600, 4096, 2000),
+        ("native", None, 200, 64, 40_000),
         ("native", 8 << 20, 400, 64, 12_000),
         ("triton", 8 << 20, 400, 64, 12_000),
         ("triton", 8 << 20, 200, 2048, 1000),
+        ("triton", 8 << 20, 100, 64, 10_000),
     ],
 )
 def test_extra_memory_is_bounded(backend, workspace, tokens, size, vocab, dtype, gpu_driver):
@@ -463,7 +533,13 @@ def test_cuda_graph(backend):
         torch.testing.assert_close(a.detach().cpu(), b)
 
 
-def test_masked_rows_and_rows_without_gradient_cost_no_product():
+@pytest.mark.parametrize(
+    ("workspace", "products"),
+    [(2 * 40 * 50 * 4, 2), (2 * 40 * 50 * 4 - 1, 3)],
+    ids=["kept", "computed again"],
+)
+def test_masked_rows_and_rows_without_gradient_cost_no_product(workspace, products):
+    """Two products in the backward pass, and the logits again where they do not fit."""
     hidden, weight, bias, targets = draw((40,), 50, 8, torch.float32)
     inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
     mask = torch.arange(40) % 4 > 0  # 30 rows
@@ -471,12 +547,14 @@ def test_masked_rows_and_rows_without_gradient_cost_no_product():
     product = 50 * 8
 
     def forward():
-        return linear_logprobs_and_entropy(*inputs[:2], targets, bias, mask=mask)
+        return linear_logprobs_and_entropy(
+            *inputs[:2], targets, bias, mask=mask, workspace=workspace
+        )
 
     cost, (logprobs, _) = multiplications(forward)
     assert cost == 30 * product
     cost, _ = multiplications(lambda: torch.autograd.grad(logprobs, inputs, up))
-    assert cost == 3 * 6 * product
+    assert cost == products * 6 * product
 
 
 HIDDEN, WEIGHT = torch.zeros(2, 3, 4), torch.zeros(5, 4)

@@ -12,6 +12,11 @@ BASELINE_FACTOR = 2.0
 ROUNDINGS = 4.0
 
 
+def farthest(baselines: list[Tensor], truth: Tensor) -> Tensor:
+    """The baseline that is most wrong: of a handful of numbers one alone may be right by luck."""
+    return max(baselines, key=lambda x: (x.double() - truth).nan_to_num().abs().sum().item())
+
+
 def assert_close(kernel: Tensor, baseline: Tensor, truth: Tensor, what: str = "") -> None:
     """Fails unless max|kernel - truth| <= 2 max|baseline - truth| + 4 eps max|truth|.
 
