@@ -174,9 +174,17 @@ storage = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=
 
 
 @storage
-@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
-def test_linear(side_by_side, dtype, backward):
-    side_by_side(linear(256, 1024, 32_000, dtype, backward=backward))
+def test_linear(side_by_side, dtype):
+    side_by_side(linear(256, 1024, 32_000, dtype))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    # In bf16 fewer: on processors without bf16 arithmetic torch's dX of 256 takes half a minute.
+    [(256, torch.float32), (64, torch.bfloat16)],
+)
+def test_linear_backward(side_by_side, tokens, dtype):
+    side_by_side(linear(tokens, 1024, 32_000, dtype, backward=True))
 
 
 @pytest.mark.parametrize("gated", [0.0, 0.5, 0.9])

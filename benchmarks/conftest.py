@@ -14,6 +14,14 @@ if os.environ.get("SEGKERNELS_ISA") == "avx2":
     os.environ["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 
+# Inductor finds code in its cache that was made for another instruction set, and crashes in it:
+# each has a cache of its own.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+    Path(__file__).resolve().parent.parent
+    / "build"
+    / f"inductor-{os.environ.get('SEGKERNELS_ISA', 'default')}"
+)
+
 import harness
 import pytest
 import tables

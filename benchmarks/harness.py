@@ -49,6 +49,7 @@ ALLOWED = {
 SHORTEST = 4e-3  # seconds of a sample: quicker calls are repeated within it
 PAUSE = 5e-3  # seconds before a sample: the last contender's threads spin a while before they sleep
 FEWEST, MOST = 3, 50  # samples of a contender
+LONGEST = 5.0  # seconds: a call that takes longer is timed once
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Alternation:
 
     The first, here, finds how often a call has to be repeated, and counts where that is once.
     Each contender then gets ``seconds``, but some samples at least and not too many; those of the
-    slow ones are spread over the rounds.
+    slow ones are spread over the rounds, and the very slow are left alone after the first.
     """
 
     def __init__(self, timed: Mapping[str, Timed], clock: Clock = wall_clock, seconds: float = 0.5):
@@ -212,8 +213,9 @@ class Alternation:
             if counts:
                 self.samples[name].append(t / self.timed[name].calls)
             fit = int(seconds / (t * self.repeats[name]))
-            self.wanted[name] = min(max(fit, FEWEST), MOST) - counts
-        self.rounds = max(self.wanted.values())
+            fewest = FEWEST if t < LONGEST else 1
+            self.wanted[name] = min(max(fit, fewest), MOST) - counts
+        self.rounds = max(1, *self.wanted.values())
         self.done = 0
 
     def _time(self, name: str) -> float:
@@ -233,7 +235,8 @@ class Alternation:
 
 def spread(samples: list[float]) -> dict[str, float]:
     """Median and quartiles, seconds."""
-    quartiles = statistics.quantiles(samples, n=4, method="inclusive")
+    several = samples if len(samples) > 1 else samples * 2
+    quartiles = statistics.quantiles(several, n=4, method="inclusive")
     return dict(zip(("q1", "median", "q3"), quartiles, strict=True)) | {"samples": len(samples)}
 
 

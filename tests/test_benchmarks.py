@@ -186,6 +186,17 @@ def test_rounds_start_with_one_after_the_other(monkeypatch):
     assert calls == [*"abc", *"bca", *"cab"]
 
 
+def test_a_very_slow_call_is_timed_once(monkeypatch):
+    monkeypatch.setattr(harness, "PAUSE", 0)
+    seconds = {"slow": harness.LONGEST, "quick": 1.0}
+    timed = {name: harness.Timed(name) for name in seconds}
+    alternation = harness.Alternation(timed, lambda run, repeats: seconds[run] * repeats, 0.5)
+    for _ in range(alternation.rounds):
+        alternation.round()
+    assert alternation.samples == {"slow": [harness.LONGEST], "quick": [1.0] * harness.FEWEST}
+    assert harness.spread([5.0]) == {"q1": 5.0, "median": 5.0, "q3": 5.0, "samples": 1}
+
+
 def test_the_spread_of_samples():
     assert harness.spread([5.0, 1.0, 2.0, 3.0, 4.0]) == {
         "q1": 2.0,
