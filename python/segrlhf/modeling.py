@@ -32,6 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 import segkernels
 from segkernels.layout import values_may_be_checked
 from segkernels.normalizer import ScalarNormalizer, normalizer_from_dict
+from segkernels.reference import linear_policy as definition
 
 from .configs import AdaptedModelConfig, ModelConfig
 from .data import check_eos
@@ -638,12 +639,11 @@ def policy_loss(
 def _policy_diagnostics(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """(clip_fraction, approx_kl) as ``segkernels.PolicyLoss`` defines them."""
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    ratio = log_ratio.exp()
-    held = advantages * ratio.clamp(1 - clip, 1 + clip) < advantages * ratio
+    """(clip_fraction, approx_kl): means over the mask, without waiting for a GPU."""
     n = mask.sum().clamp(min=1)
-    return (held & mask).sum() / n, 0.5 * log_ratio.square().sum() / n
+    held = definition.clipped(logprobs, old_logprobs, advantages, clip) & mask
+    half_squares = definition.squared_log_ratio(logprobs, old_logprobs)
+    return held.sum() / n, half_squares.where(mask, 0.0).sum() / n
 
 
 def _first_is_zero(stats: Tensor) -> Tensor:
