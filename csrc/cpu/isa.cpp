@@ -1,6 +1,7 @@
 // The vocabulary ops: which instruction set runs them, and their columns shared out to threads.
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -66,7 +67,8 @@ constexpr int64_t kSpan = 16384;
 constexpr int64_t kGrain = 65536;
 
 // A gradient of this many bytes is in no cache by the time it is needed: written past the caches,
-// it saves reading the memory that it goes to. A smaller one would then be slower to read.
+// it saves reading the memory that it goes to. A smaller one would then be slower to read, and its
+// memory is seldom new.
 constexpr int64_t kStreamed = int64_t{32} << 20;
 
 int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
@@ -165,18 +167,26 @@ void finish_row(const VocabRows& rows, int64_t row, const RowState* state, float
   logprobs[row] = rows.targets[row] >= 0 ? static_cast<float>(logprob) : 0.0f;
 }
 
-// Asks for large pages under memory that is about to be written. A gradient's is often new, and
-// getting it from the system in pages of 4 KiB takes longer than the whole backward pass.
-void use_large_pages(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const auto at = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (at + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (at + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  // Advice: where it is refused, nothing is lost.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+// Gets memory that is about to be written from the system in one call, not in a fault for each page,
+// and says whether any of it had yet to come. A gradient's often has, and faults would take longer
+// than the whole backward pass.
+bool fetch_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  constexpr size_t kMost = 64;
+  unsigned char resident[kMost];
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes);
+  const size_t pages = std::min((end - begin + page - 1) / page, kMost);
+  auto* first = reinterpret_cast<void*>(begin);
+  if (mincore(first, pages * page, resident) != 0) return false;
+  if (std::all_of(resident, resident + pages, [](unsigned char r) { return r & 1; })) return false;
+  // Where it is refused, the faults do it.
+  madvise(first, end - begin, MADV_POPULATE_WRITE);
+  return true;
 #else
   (void)memory, (void)bytes;
+  return false;
 #endif
 }
 
@@ -223,9 +233,7 @@ void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* d
   const int64_t spans = spans_of(rows);
   const int64_t width = width_of(rows.dtype);
   const int64_t bytes = rows.count * rows.vocab * width;
-  const bool in_place = dlogits == rows.logits;
-  const bool streaming = !in_place && bytes >= kStreamed;
-  if (!in_place) use_large_pages(dlogits, bytes);
+  const bool large = dlogits != rows.logits && bytes >= kStreamed;
   const auto span_gradient = [&](int64_t row, int64_t begin) {
     const int64_t n = std::min(kSpan, rows.vocab - begin);
     const auto* x = static_cast<const char*>(rows.logits) + (offset_of(rows, row) + begin) * width;
@@ -233,6 +241,8 @@ void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* d
     const bool has_target = dlogprobs && rows.targets && rows.targets[row] >= 0;
     const float dlogprob = has_target ? dlogprobs[row] : 0.0f;
     const float dh = dentropy ? dentropy[row] : 0.0f;
+    // What has just come from the system is in the cache, zeroed.
+    const bool streaming = large && !fetch_pages(dx, n * width);
     if (stats[row].inverse_sum == 0 || (dlogprob == 0 && dh == 0)) {
       std::memset(dx, 0, static_cast<size_t>(n * width));
     } else if (std::isnan(stats[row].inverse_sum) || std::isnan(dlogprob) || std::isnan(dh)) {
