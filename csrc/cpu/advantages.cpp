@@ -10,6 +10,7 @@
 #include "cpu/flags.h"
 #include "cpu/storage.h"
 #include "segk/operators.h"
+#include "segk/vocab.h"
 
 namespace segk {
 namespace {
@@ -143,35 +144,42 @@ const Affine<double> kNoStep{1, 0};
 
 template <class X>
 Moments moments_of_block(X x, Flags mask, int64_t begin, int64_t end) {
-  double sum = 0;
-  int64_t count = 0;
-  for (int64_t t = begin; t < end; ++t) {
-    if (!mask[t]) continue;
-    sum += x[t];
-    ++count;
-  }
+  const auto count = static_cast<double>(count_true(begin, end, mask));
   if (count == 0) return {0, 0, 0};
-  const double mean = sum / static_cast<double>(count);
-  double m2 = 0;
-  for (int64_t t = begin; t < end; ++t) {
-    if (mask[t]) m2 += (x[t] - mean) * (x[t] - mean);
-  }
-  return {static_cast<double>(count), mean, m2};
+  const double mean = sum_true(begin, end, [&](int64_t t) { return x[t]; }, mask) / count;
+  const auto square = [&](int64_t t) { return (x[t] - mean) * (x[t] - mean); };
+  return {count, mean, sum_true(begin, end, square, mask)};
 }
 
-// Sums term(t) over the action tokens of each row and weighs the rows.
-template <class Term>
+// Tokens whose terms of a loss are found together, step by step, so that each step is a loop that
+// compilers vectorise.
+constexpr int64_t kTerms = 256;
+
+// Calls body(start, size) for [begin, end) in pieces, except for those without action tokens.
+template <class Body>
+void for_each_piece(int64_t begin, int64_t end, Flags mask, const Body& body) {
+  for (int64_t start = begin; start < end; start += kTerms) {
+    const int64_t stop = std::min(start + kTerms, end);
+    if (first_true(start, stop, mask) < stop) body(start, stop - start);
+  }
+}
+
+// Sums what terms(start, size, out) fills over the action tokens of each row and weighs the rows.
+template <class Terms>
 void aggregate(Flags mask, Rows rows, Aggregation aggregation, float* loss, double* row_weights,
-               Place place, Term term) {
+               Place place, const Terms& terms) {
   std::vector<double> sums(static_cast<size_t>(rows.count));
   Scan<SegmentSum> scan({0, 0});
-  for_each_row(rows, mask, place, [&](const Row& row) {
+  for_each_row(rows, mask, kTokensPerTask, place, [&](const Row& row) {
     const SegmentSum sum = scan.total(row, [&](int64_t begin, int64_t end) {
-      SegmentSum of_block{0, 0};
-      for (int64_t t = begin; t < end; ++t) {
-        if (mask[t]) of_block = combine(of_block, SegmentSum{static_cast<double>(term(t)), 1});
-      }
-      return of_block;
+      double sum = 0;
+      for_each_piece(begin, end, mask, [&](int64_t start, int64_t size) {
+        double out[kTerms] = {};
+        terms(start, size, out);
+        const Flags actions{mask.data + start};
+        sum += sum_true(0, size, [&](int64_t i) { return out[i]; }, actions);
+      });
+      return SegmentSum{sum, static_cast<int32_t>(count_true(begin, end, mask))};
     });
     sums[row.index] = sum.sum;
     row_weights[row.index] = sum.count;
@@ -190,15 +198,34 @@ void aggregate(Flags mask, Rows rows, Aggregation aggregation, float* loss, doub
   *loss = static_cast<float>(total);
 }
 
-template <class Slope>
+// Weighs what slopes(start, size, out) fills.
+template <class Slopes>
 void weigh_slopes(const float* dloss, Flags mask, Rows rows, const double* row_weights, float* out,
-                  Place place, Slope slope) {
-  for_each_row(rows, mask, place, [&](const Row& row) {
+                  Place place, const Slopes& slopes) {
+  for_each_row(rows, mask, kTokensPerTask, place, [&](const Row& row) {
     const float weight = static_cast<float>(*dloss * row_weights[row.index]);
     row.blocks([&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) out[t] = mask[t] ? weight * slope(t) : 0.0f;
+      std::fill(out + begin, out + end, 0.0f);
+      for_each_piece(begin, end, mask, [&](int64_t start, int64_t size) {
+        float of_piece[kTerms];
+        slopes(start, size, of_piece);
+        for (int64_t i = 0; i < size; ++i) {
+          out[start + i] = keep(mask[start + i], weight * of_piece[i]);
+        }
+      });
     });
   });
+}
+
+// Ratios of the policies, held where the loss is clipped.
+template <class X>
+void ratios(PolicyTerm term, X logprobs, X old_logprobs, X advantages, int64_t start, int64_t size,
+            double* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t t = start + i;
+    out[i] = term.log_ratio(logprobs[t], old_logprobs[t], advantages[t]);
+  }
+  exp_double(out, out, size);
 }
 
 }  // namespace
@@ -209,7 +236,8 @@ void scatter_segment_rewards_fwd(Floats rewards, const bool* ends, const bool* m
       [&](auto r) {
         const Payment<decltype(r)> pay{r, flags_of(ends), flags_of(mask), credit, out};
         Scan<Pieces> pieces(kNoPieces);
-        for_each_row(rows, pay.mask, place, [&](const Row& row) { pay(row, pieces); });
+        for_each_row(rows, pay.mask, kTokensPerTask, place,
+                     [&](const Row& row) { pay(row, pieces); });
       },
       rewards);
 }
@@ -220,7 +248,7 @@ void gae_fwd(Floats rewards, Floats values, const bool* mask, Rows rows, double 
   with_storage(
       [&](auto r, auto v) {
         Scan<Affine<double>> steps(kNoStep);
-        for_each_row(rows, actions, place, [&](const Row& row) {
+        for_each_row(rows, actions, kTokensPerTask, place, [&](const Row& row) {
           const auto reward = [&](int64_t t) -> double { return r[t]; };
           estimate(row, steps, {gamma, gamma * lam}, reward, v, actions, advantages, returns);
         });
@@ -238,7 +266,7 @@ void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, F
         const Payment<decltype(r)> pay{r, flags_of(ends), actions, credit, token_rewards};
         Scan<Pieces> pieces(kNoPieces);
         Scan<Affine<double>> steps(kNoStep);
-        for_each_row(rows, actions, place, [&](const Row& row) {
+        for_each_row(rows, actions, kTokensPerTask, place, [&](const Row& row) {
           pay(row, pieces);
           row.blocks([&](int64_t, int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t) {
@@ -264,7 +292,7 @@ void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, void*, 
             parts[block] = moments_of_block(values, flags_of(mask), begin, end);
           }
         };
-        parallel_for(blocks, kTokensPerTask / kMomentsBlock, place, std::cref(range));
+        parallel_for(blocks, kQuickTokensPerTask / kMomentsBlock, place, std::cref(range));
       },
       x);
   for (int64_t step = 1; step < blocks; step *= 2) {
@@ -287,7 +315,7 @@ void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bo
         const auto range = [&](int64_t first, int64_t last) {
           for (int64_t t = first; t < last; ++t) out[t] = keep(actions[t], whitened(values[t]));
         };
-        parallel_for(n, kTokensPerTask, place, std::cref(range));
+        parallel_for(n, kQuickTokensPerTask, place, std::cref(range));
       },
       x);
 }
@@ -296,32 +324,71 @@ void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, co
                      Rows rows, float low, float high, Aggregation aggregation, float* loss,
                      double* row_weights, void*, Place place) {
   const PolicyTerm term{low, high};
-  aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place,
-            [&](int64_t t) { return term.loss(logprobs[t], old_logprobs[t], advantages[t]); });
+  with_storage(
+      [&](auto logp, auto old, auto advantage) {
+        aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place,
+                  [&](int64_t start, int64_t size, double* out) {
+                    ratios(term, logp, old, advantage, start, size, out);
+                    for (int64_t i = 0; i < size; ++i) {
+                      out[i] *= -static_cast<double>(advantage[start + i]);
+                    }
+                  });
+      },
+      logprobs, old_logprobs, advantages);
 }
 
 void policy_loss_bwd(const float* dloss, Floats logprobs, Floats old_logprobs, Floats advantages,
                      const bool* mask, Rows rows, float low, float high, const double* row_weights,
                      float* dlogprobs, Place place) {
   const PolicyTerm term{low, high};
-  weigh_slopes(dloss, flags_of(mask), rows, row_weights, dlogprobs, place,
-               [&](int64_t t) { return term.slope(logprobs[t], old_logprobs[t], advantages[t]); });
+  with_storage(
+      [&](auto logp, auto old, auto advantage) {
+        weigh_slopes(dloss, flags_of(mask), rows, row_weights, dlogprobs, place,
+                     [&](int64_t start, int64_t size, float* out) {
+                       double ratio[kTerms] = {};
+                       ratios(term, logp, old, advantage, start, size, ratio);
+                       for (int64_t i = 0; i < size; ++i) {
+                         const int64_t t = start + i;
+                         const auto of_token = static_cast<float>(ratio[i]);
+                         out[i] = term.slope(logp[t], old[t], advantage[t], of_token);
+                       }
+                     });
+      },
+      logprobs, old_logprobs, advantages);
 }
 
 void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool* mask, Rows rows,
                     float clip, Aggregation aggregation, float* loss, double* row_weights, void*,
                     Place place) {
   const ValueTerm term{clip};
-  aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place,
-            [&](int64_t t) { return term.loss(values[t], old_values[t], returns[t]); });
+  with_storage(
+      [&](auto value, auto old, auto ret) {
+        aggregate(flags_of(mask), rows, aggregation, loss, row_weights, place,
+                  [&](int64_t start, int64_t size, double* out) {
+                    for (int64_t i = 0; i < size; ++i) {
+                      const int64_t t = start + i;
+                      out[i] = term.loss(value[t], old[t], ret[t]);
+                    }
+                  });
+      },
+      values, old_values, returns);
 }
 
 void value_loss_bwd(const float* dloss, Floats values, Floats old_values, Floats returns,
                     const bool* mask, Rows rows, float clip, const double* row_weights,
                     float* dvalues, Place place) {
   const ValueTerm term{clip};
-  weigh_slopes(dloss, flags_of(mask), rows, row_weights, dvalues, place,
-               [&](int64_t t) { return term.slope(values[t], old_values[t], returns[t]); });
+  with_storage(
+      [&](auto value, auto old, auto ret) {
+        weigh_slopes(dloss, flags_of(mask), rows, row_weights, dvalues, place,
+                     [&](int64_t start, int64_t size, float* out) {
+                       for (int64_t i = 0; i < size; ++i) {
+                         const int64_t t = start + i;
+                         out[i] = term.slope(value[t], old[t], ret[t]);
+                       }
+                     });
+      },
+      values, old_values, returns);
 }
 
 }  // namespace segk

@@ -27,6 +27,14 @@ inline float keep(uint8_t flag, float value) {
   return detail::bits_to_float(bits & -static_cast<uint32_t>(flag));
 }
 
+inline double keep(uint8_t flag, double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits &= -static_cast<uint64_t>(flag);
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
 namespace detail {
 
 // Flags of tokens t to t + 8 as the bytes of a word, 0 or 1, the first in the lowest.
@@ -83,6 +91,27 @@ int64_t last_true(int64_t begin, int64_t end, All... flags) {
   while (t - begin >= 8 && !detail::eight_of_all(t - 8, flags...)) t -= 8;
   while (t > begin && !(flags[t - 1] & ...)) --t;
   return t - 1;
+}
+
+// Sum of term(t) over the tokens of [begin, end) where all flags are true, in double; term is
+// called for the others too. Lanes, because a chain of sums would wait for each of them.
+template <class Term, class... All>
+double sum_true(int64_t begin, int64_t end, const Term& term, All... flags) {
+  constexpr int64_t kLanes = 8;
+  double lanes[kLanes] = {};
+  int64_t t = begin;
+  for (; end - t >= kLanes; t += kLanes) {
+    for (int64_t k = 0; k < kLanes; ++k) {
+      lanes[k] += keep((flags[t + k] & ...), static_cast<double>(term(t + k)));
+    }
+  }
+  for (int64_t k = 0; t < end; ++t, ++k) {
+    lanes[k] += keep((flags[t] & ...), static_cast<double>(term(t)));
+  }
+  for (int64_t step = kLanes / 2; step > 0; step /= 2) {
+    for (int64_t k = 0; k < step; ++k) lanes[k] += lanes[k + step];
+  }
+  return lanes[0];
 }
 
 // Calls visit(t) for tokens of [begin, end) from the last to the first.

@@ -167,9 +167,9 @@ void finish_row(const VocabRows& rows, int64_t row, const RowState* state, float
   logprobs[row] = rows.targets[row] >= 0 ? static_cast<float>(logprob) : 0.0f;
 }
 
-// Gets memory that is about to be written from the system in one call, not in a fault for each page,
-// and says whether any of it had yet to come. A gradient's often has, and faults would take longer
-// than the whole backward pass.
+// Gets memory that is about to be written from the system in one call, not in a fault for each
+// page, and says whether any of it had yet to come. A gradient's often has, and faults would take
+// longer than the whole backward pass.
 bool fetch_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
   static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -260,6 +260,10 @@ void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* d
 }
 
 void vocab_exp(const float* x, float* out, int64_t count) { isa().kernels->exp(x, out, count); }
+
+void exp_double(const double* x, double* out, int64_t count) {
+  isa().kernels->exp_double(x, out, count);
+}
 
 const char* isa_name() { return isa().name; }
 

@@ -80,7 +80,7 @@ void scatter_rows(RowGradient dscore, const int32_t* counts, const bool* ends, c
                   Rows rows, bool mean, float* drewards, Place place) {
   const Flags marks = flags_of(ends);
   const Flags inside = mask ? flags_of(mask) : marks;
-  for_each_row(rows, marks, place, [&](const Row& row) {
+  for_each_row(rows, marks, kQuickTokensPerTask, place, [&](const Row& row) {
     const float gradient = segment_gradient(dscore(row.index), counts[row.index], mean);
     row.blocks([&](int64_t, int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
@@ -101,7 +101,7 @@ int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshol
   with_storage(
       [&](auto h) {
         Scan<Following> scan({0, false});
-        for_each_row(rows, actions, place, [&](const Row& row) {
+        for_each_row(rows, actions, kQuickTokensPerTask, place, [&](const Row& row) {
           const bool exclude = exclude_last ? exclude_last[row.index] : exclude_all;
           scan.walk(
               row,
@@ -126,13 +126,11 @@ void segment_scores_fwd(Floats rewards, const bool* ends, const bool* mask, Rows
   with_storage(
       [&](auto r) {
         Scan<SegmentSum> scan({0, 0});
-        for_each_row(rows, marks, place, [&](const Row& row) {
+        for_each_row(rows, marks, kQuickTokensPerTask, place, [&](const Row& row) {
           const SegmentSum sum = scan.total(row, [&](int64_t begin, int64_t end) {
-            SegmentSum of_block{0, 0};
-            visit_true_backward(
-                begin, end, [&](int64_t t) { of_block = combine(SegmentSum{r[t], 1}, of_block); },
-                marks, inside);
-            return of_block;
+            const auto reward = [&](int64_t t) { return r[t]; };
+            return SegmentSum{sum_true(begin, end, reward, marks, inside),
+                              static_cast<int32_t>(count_true(begin, end, marks, inside))};
           });
           scores[row.index] = sum.score(mean);
           counts[row.index] = sum.count;

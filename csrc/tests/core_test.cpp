@@ -931,6 +931,25 @@ void test_vocab_exp() {
   }
 }
 
+void test_exp_double() {
+  where = "exp_double";
+  const int64_t n = 9999;
+  Array<double> x(n), out(n);
+  for (int64_t i = 0; i < n; ++i) x[i] = 0.1416 * static_cast<double>(i - n / 2);  // +-707.8
+  exp_double(x.get(), out.get(), n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double want = std::exp(x[i]);
+    check(std::fabs(out[i] - want) <= 2e-11 * want, "within its error");
+  }
+  const double inf = std::numeric_limits<double>::infinity();
+  double odd[] = {-inf, -1e4, inf, 1e4, std::numeric_limits<double>::quiet_NaN(), 0};
+  exp_double(odd, odd, 6);
+  check(static_cast<float>(odd[0]) == 0 && static_cast<float>(odd[1]) == 0, "below");
+  check(odd[2] > 8e307 && odd[3] > 8e307, "above");
+  check(std::isnan(odd[4]), "NaN stays");
+  check(odd[5] == 1, "of 0");
+}
+
 void test_everything() {
   for_each_stream(test_segment_ends);
   for_each_stream(test_segment_ends_nan);
@@ -942,6 +961,7 @@ void test_everything() {
   for_each_stream(test_losses);
   test_vocab_everywhere();
   test_vocab_exp();
+  test_exp_double();
 }
 
 // One op that keeps the pool busy for a while, and what it gives.

@@ -219,15 +219,21 @@ struct PolicyTerm {
     if (advantage >= 0) return log_ratio > high ? high : log_ratio;
     return log_ratio < low ? low : log_ratio;
   }
-  // Double: the terms cancel, and the errors of a float's exp would remain.
+  // The log of the ratio that counts. Double: the terms cancel, and the errors of a float's exp
+  // would remain.
+  SEGK_HD double log_ratio(float logprob, float old_logprob, float advantage) const {
+    return limited<double>(static_cast<double>(logprob) - old_logprob, advantage);
+  }
   SEGK_HD double loss(float logprob, float old_logprob, float advantage) const {
-    const double q = static_cast<double>(logprob) - old_logprob;
-    return -static_cast<double>(advantage) * exp(limited<double>(q, advantage));
+    return -static_cast<double>(advantage) * exp(log_ratio(logprob, old_logprob, advantage));
   }
   SEGK_HD float slope(float logprob, float old_logprob, float advantage) const {
+    return slope(logprob, old_logprob, advantage, expf(logprob - old_logprob));
+  }
+  SEGK_HD float slope(float logprob, float old_logprob, float advantage, float ratio) const {
     const float q = logprob - old_logprob;
-    const bool clipped = limited<float>(q, advantage) != q && q == q;
-    return clipped ? 0.0f : -advantage * expf(q);
+    const bool clipped = (limited(q, advantage) != q) & (q == q);
+    return clipped ? 0.0f : -advantage * ratio;
   }
 };
 

@@ -62,6 +62,10 @@ void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* d
 // scalar ones) down to 2^-125.5, 0 below.
 void vocab_exp(const float* x, float* out, int64_t count);
 
+// out[i] = exp(x[i]), to 2e-11 of it; beyond what a float can hold the limits of a double's
+// exponent stand for 0 and infinity. The same bits from every instruction set.
+void exp_double(const double* x, double* out, int64_t count);
+
 // Instruction set that the vocabulary kernels run with: "scalar", "avx2" or "avx512".
 // Throws std::invalid_argument when SEGKERNELS_ISA asks for one that cannot run here.
 const char* isa_name();
@@ -84,6 +88,7 @@ struct VocabKernels {
   void (*backward)(DType dtype, const void* logits, void* dlogits, int64_t n,
                    const RowGradient& row, bool streaming);
   void (*exp)(const float* x, float* out, int64_t n);
+  void (*exp_double)(const double* x, double* out, int64_t n);
 };
 
 namespace scalar {
