@@ -60,10 +60,10 @@ def _unserved(op: str, name: str, device: torch.device) -> str:
     if device.type not in devices:
         served = " and ".join(devices) if devices else "no device"
         return f"its {name} implementation serves {served}, the tensors are on {device.type}"
-    if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
+    if device.type == "cuda" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(device)
         if torch.version.hip or gpu.major < 8:
-            return f"its triton implementation serves NVIDIA GPUs from sm_80 on, not {gpu.name}"
+            return f"its {name} implementation serves NVIDIA GPUs from sm_80 on, not {gpu.name}"
     return ""
 
 
@@ -96,7 +96,8 @@ def choose(op: str, *tensors: Tensor | None, backend: str | None = None) -> str:
 
     Raises ValueError for an unknown name and BackendError when an explicit choice, or the
     extension that a CPU call needs, is not available. Where the extension was built without CUDA,
-    CUDA tensors run the reference, and the first such call of a process warns.
+    or the GPU is older than sm_80, CUDA tensors run the reference, and the first such call of a
+    process warns.
     """
     present = [t for t in tensors if t is not None]
     double = any(t.dtype == torch.float64 for t in present)
@@ -123,12 +124,13 @@ def _choose(op: str, device: torch.device, double: bool, backend: str | None) ->
     refusal = ""
     if not double:
         for name, devices in DEVICES[op].items():
-            if device.type not in devices or _unserved(op, name, device):
+            if device.type not in devices:
                 continue
             refusal = _refusal(op, name, device, double)
             if not refusal:
                 return name, ""
-            if device.type == "cpu" or name == "triton":
+            unserved = _unserved(op, name, device)
+            if not unserved and (device.type == "cpu" or name == "triton"):
                 raise BackendError(
                     f"{op}: {refusal}, or set SEGKERNELS_BACKEND=reference to run plain PyTorch"
                 )
@@ -171,8 +173,7 @@ def explain(device: str | torch.device = "cpu") -> str:
             if asked:
                 why = "asked for by SEGKERNELS_BACKEND"
             elif chosen == "reference":
-                unserved = [_unserved(op, n, device) for n, d in DEVICES[op].items() if kind in d]
-                why = refusal or (unserved[0] if unserved else f"no kernel serves {kind}")
+                why = refusal or f"no kernel serves {kind}"
             else:
                 why = f"serves {kind}"
         except BackendError as error:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,7 +189,8 @@ def test_choice(monkeypatch):
     ("major", "hip", "chosen"),
     [(8, None, "triton"), (7, None, "reference"), (9, "6.2", "reference")],
 )
-def test_choice_by_gpu(monkeypatch, major, hip, chosen):
+@pytest.mark.parametrize("op", ["entropy_from_logits", "gae"])
+def test_choice_by_gpu(monkeypatch, op, major, hip, chosen):
     class GPU:
         name = "Some GPU"
 
@@ -198,9 +200,11 @@ def test_choice_by_gpu(monkeypatch, major, hip, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: GPU)
     monkeypatch.setattr(torch.version, "hip", hip)
-    why = "serves cuda" if chosen == "triton" else "serves NVIDIA GPUs from sm_80 on, not Some GPU"
-    line = next(x for x in explain("cuda").splitlines() if x.startswith("entropy_from_logits"))
-    assert line.split()[1] == chosen
+    monkeypatch.setattr("segkernels.native.cuda_extension", SimpleNamespace(build_info=str))
+    served = chosen != "reference"
+    why = "serves cuda" if served else "serves NVIDIA GPUs from sm_80 on, not Some GPU"
+    line = next(x for x in explain("cuda").splitlines() if x.startswith(f"{op} "))
+    assert line.split()[1] == ("native" if op == "gae" and served else chosen)
     assert line.endswith(why)
 
 
