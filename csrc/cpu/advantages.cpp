@@ -48,9 +48,47 @@ struct Payment {
     return count_true(last + 1, end, mask) + (last < begin ? earlier : 0);
   }
 
+  static constexpr int32_t kChunk = 256;
+
+  // shares [found] of segments k, k + 1 ... of a row's `total` that end at tokens start + at, where
+  // the row has had `upto` action tokens, `earlier` of them before these segments. Step by step, so
+  // that each is a loop that compilers vectorise.
+  void pay(int64_t start, int32_t found, const int32_t* at, const int32_t* upto, int64_t earlier,
+           int64_t k, int64_t total, float* shares) const {
+    float reward[kChunk];
+    float position[kChunk];
+    float length[kChunk];
+    double log_position[kChunk];
+    const auto all = static_cast<float>(total);
+    for (int32_t i = 0; i < found; ++i) reward[i] = rewards[start + at[i]];
+    for (int32_t i = 0; i < found; ++i) {
+      position[i] = static_cast<float>(static_cast<int32_t>(k) + i + 1) / all;
+      log_position[i] = position[i];
+    }
+    length[0] = static_cast<float>(upto[0] - earlier);
+    for (int32_t i = 1; i < found; ++i) length[i] = static_cast<float>(upto[i] - upto[i - 1]);
+    log_double(log_position, log_position, found);
+    const Curve& curve = credit.curve;
+    if (curve.n_knots == 0) {
+      std::copy(reward, reward + found, shares);
+    } else if (curve.n_knots == 1) {
+      const float mean = curve.knots[1];
+      const float std = curve.knots[2];
+      for (int32_t i = 0; i < found; ++i) {
+        shares[i] = curve.line(reward[i], static_cast<float>(log_position[i]), mean, std);
+      }
+    } else {
+      for (int32_t i = 0; i < found; ++i) {
+        shares[i] = curve(reward[i], position[i], static_cast<float>(log_position[i]));
+      }
+    }
+    for (int32_t i = 0; i < found; ++i) {
+      shares[i] = credit.paid(reward[i], shares[i], all, length[i]);
+    }
+  }
+
   // From the last token to the first, some at a time: first all shares, then who gets which.
   void walk(int64_t begin, int64_t end, Pieces before, Pieces after) const {
-    constexpr int64_t kChunk = 256;
     uint8_t action[kChunk];
     uint8_t closes[kChunk];  // whether a segment ends there
     int32_t at[kChunk];      // where they end, from the chunk's start on
@@ -63,7 +101,7 @@ struct Payment {
       open = credit(rewards[after.first_end], k, total, tail(begin, end, before.tail) + after.head);
     }
     for (int64_t stop = end; stop > begin;) {
-      const int64_t start = std::max(stop - kChunk, begin);
+      const int64_t start = std::max<int64_t>(stop - kChunk, begin);
       if (first_true(start, stop, mask) == stop) {  // padding
         std::fill(out + start, out + stop, 0.0f);
         stop = start;
@@ -83,11 +121,7 @@ struct Payment {
         found += closes[i];
       }
       k -= found;
-      int64_t previous = found ? -tail(begin, start, before.tail) : 0;
-      for (int32_t i = 0; i < found; ++i) {
-        shares[i] = credit(rewards[start + at[i]], k + i, total, upto[i] - previous);
-        previous = upto[i];
-      }
+      if (found) pay(start, found, at, upto, -tail(begin, start, before.tail), k, total, shares);
       shares[found] = open;
       if (credit.spread == Spread::last) {
         std::fill(out + start, out + stop, 0.0f);

@@ -265,6 +265,10 @@ void exp_double(const double* x, double* out, int64_t count) {
   isa().kernels->exp_double(x, out, count);
 }
 
+void log_double(const double* x, double* out, int64_t count) {
+  isa().kernels->log_double(x, out, count);
+}
+
 const char* isa_name() { return isa().name; }
 
 }  // namespace segk

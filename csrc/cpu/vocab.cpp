@@ -477,9 +477,40 @@ void exp_double(const double* x, double* out, int64_t n) {
   }
 }
 
+// Likewise: x = 2^k m with m between the roots of 1/2 and 2; log m = 2 artanh((m - 1) / (m + 1)).
+void log_double(const double* x, double* out, int64_t n) {
+  constexpr double kLn2 = 0.6931471805599453;
+  constexpr uint64_t kRootHalf = 0x3fe6a09e667f3bcd;
+  constexpr uint64_t kBias = 1024;                       // of k: no vector shift is signed
+  constexpr uint64_t kInteger = 0x4330000000000000;      // 2^52, to which an integer may be added
+  constexpr double kUnbiased = 4503599627370496 + 1024;  // as it is taken away
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, x + i, sizeof bits);
+    const uint64_t power = (bits - kRootHalf + (kBias << 52)) >> 52;
+    const uint64_t integer = power + kInteger;
+    bits -= (power - kBias) << 52;
+    double k;
+    double m;
+    __builtin_memcpy(&k, &integer, sizeof k);
+    __builtin_memcpy(&m, &bits, sizeof m);
+    const double s = (m - 1) / (m + 1);
+    const double z = s * s;
+    double sum = 1.0 / 15;
+    sum = sum * z + 1.0 / 13;
+    sum = sum * z + 1.0 / 11;
+    sum = sum * z + 1.0 / 9;
+    sum = sum * z + 1.0 / 7;
+    sum = sum * z + 1.0 / 5;
+    sum = sum * z + 1.0 / 3;
+    sum = sum * z + 1.0;
+    out[i] = (k - kUnbiased) * kLn2 + 2 * s * sum;
+  }
+}
+
 }  // namespace
 
-const VocabKernels kernels = {forward, backward, exp, exp_double};
+const VocabKernels kernels = {forward, backward, exp, exp_double, log_double};
 
 }  // namespace SEGK_ISA
 }  // namespace segk

@@ -950,6 +950,19 @@ void test_exp_double() {
   check(odd[5] == 1, "of 0");
 }
 
+void test_log_double() {
+  where = "log_double";
+  const int64_t n = 9999;
+  Array<double> x(n), out(n);
+  for (int64_t i = 0; i < n; ++i) x[i] = std::exp(0.1416 * static_cast<double>(i - n / 2));
+  for (int64_t i = 0; i < 1000; ++i) x[i] = static_cast<double>(i + 1) / 1000;
+  log_double(x.get(), out.get(), n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double want = std::log(x[i]);
+    check(std::fabs(out[i] - want) <= 2e-12 * std::fabs(want), "within its error");
+  }
+}
+
 void test_everything() {
   for_each_stream(test_segment_ends);
   for_each_stream(test_segment_ends_nan);
@@ -962,6 +975,7 @@ void test_everything() {
   test_vocab_everywhere();
   test_vocab_exp();
   test_exp_double();
+  test_log_double();
 }
 
 // One op that keeps the pool busy for a while, and what it gives.

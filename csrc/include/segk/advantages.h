@@ -24,7 +24,10 @@ struct Curve {
   const float* knots;  // [3, n_knots]: positions, means, stds
 
   SEGK_HD float operator()(float reward, float p) const {
-    if (n_knots == 0) return reward;
+    return n_knots == 0 ? reward : (*this)(reward, p, logf(p));
+  }
+  // With log p and at least one knot.
+  SEGK_HD float operator()(float reward, float p, float log_p) const {
     const float* means = knots + n_knots;
     const float* stds = means + n_knots;
     int32_t right = 0;
@@ -38,7 +41,9 @@ struct Curve {
       mean += weight * (means[right] - mean);
       std += weight * (stds[right] - std);
     }
-    const float log_p = logf(p);
+    return line(reward, log_p, mean, std);
+  }
+  SEGK_HD float line(float reward, float log_p, float mean, float std) const {
     mean += mean_slope * log_p;
     std += std_slope * log_p;
     return (reward - mean) / (std < min_std ? min_std : std);
@@ -56,10 +61,14 @@ struct Credit {
 
   // What each paid token of segment k of `segments` gets; `length` tokens long.
   SEGK_HD float operator()(float reward, int64_t k, int64_t segments, int64_t length) const {
-    if (!(fabsf(reward) <= FLT_MAX)) return NAN;  // clipping would make infinity plausible
     const float total = static_cast<float>(segments);
-    float share = curve(reward, static_cast<float>(k + 1) / total);
-    if (spread == Spread::even) share /= static_cast<float>(length);
+    const float position = static_cast<float>(k + 1) / total;
+    return paid(reward, curve(reward, position), total, static_cast<float>(length));
+  }
+  // The same of a reward that is normalised to `share`.
+  SEGK_HD float paid(float reward, float share, float total, float length) const {
+    if (!(fabsf(reward) <= FLT_MAX)) return NAN;  // clipping would make infinity plausible
+    if (spread == Spread::even) share /= length;
     if (mean) share /= total;
     // Comparisons, not fmin and fmax: NaN stays NaN.
     if (share < -clip) return -clip;

@@ -66,6 +66,9 @@ void vocab_exp(const float* x, float* out, int64_t count);
 // exponent stand for 0 and infinity. The same bits from every instruction set.
 void exp_double(const double* x, double* out, int64_t count);
 
+// out[i] = log(x[i]) of positive normal numbers, to 2e-12 of it. The same bits likewise.
+void log_double(const double* x, double* out, int64_t count);
+
 // Instruction set that the vocabulary kernels run with: "scalar", "avx2" or "avx512".
 // Throws std::invalid_argument when SEGKERNELS_ISA asks for one that cannot run here.
 const char* isa_name();
@@ -89,6 +92,7 @@ struct VocabKernels {
                    const RowGradient& row, bool streaming);
   void (*exp)(const float* x, float* out, int64_t n);
   void (*exp_double)(const double* x, double* out, int64_t n);
+  void (*log_double)(const double* x, double* out, int64_t n);
 };
 
 namespace scalar {
