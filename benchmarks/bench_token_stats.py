@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import eager
 import peers
 import pytest
 import shapes
 import torch
 from harness import OURS, Case, compiled
+from torch import Tensor
 
 import segkernels as sk
 
@@ -22,6 +25,13 @@ def rows_of(vocab: int, dtype: torch.dtype, backward: bool = False) -> int:
 def _checked(rows: int) -> slice:
     """Some 64 rows over the whole range: fp64 gradients of all would take minutes."""
     return slice(None, None, max(1, rows // 64))
+
+
+def _new_gradient(logits: Tensor) -> tuple[str, Callable[[], Tensor]] | None:
+    """The floor of a backward pass on CPUs: memory from the system, written once."""
+    if logits.is_cuda:
+        return None
+    return "a new gradient of zeros, alone", lambda: torch.empty_like(logits).zero_()
 
 
 def entropy(
@@ -55,6 +65,7 @@ def entropy(
         wrt=("logits",) if backward else (),
         rows=_checked(rows),
         moved=3 * size if backward else size,
+        yardstick=_new_gradient(logits) if backward else None,
     )
 
 
@@ -95,6 +106,7 @@ def logprobs_and_entropy(
         rows=_checked(rows),
         backward_alone=not forward,
         moved=(forward + 2 * backward) * size,
+        yardstick=_new_gradient(logits) if backward else None,
     )
 
 

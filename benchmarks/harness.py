@@ -353,7 +353,8 @@ def compare(
             result["reason"] = f"{type(error).__name__}: {lines[0][:160]}"
     if case.yardstick is not None:
         name, run = case.yardstick
-        results[name] = common | {"contender": name}
+        results[name] = {key: common[key] for key in common if key != "moved"}
+        results[name]["contender"] = name
         timed[name] = Timed(run)
     return Comparison(results, Alternation(timed, clock, seconds))
 
