@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
 
-from segkernels import entropy_from_logits, logprobs_and_entropy, native
+from segkernels import entropy_from_logits, logprobs_and_entropy, native, native_vocab
 from segkernels.backend import BackendError
 from segkernels.token_stats import _token_stats_bwd, _token_stats_bwd_, _token_stats_fwd
+from segkernels.vocab import Rows
 
 KERNELS = (NATIVE, *TRITON)
 BACKENDS = (REFERENCE, *KERNELS)
@@ -446,19 +447,21 @@ def test_large_gradients():
     check_large_gradients()
 
 
-def test_new_gradients_come_in_large_pages():
-    """A page fault for every 4 KiB of a gradient costs more than computing it."""
-    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("this system has no large pages to ask for")
-    dlogits = run(NATIVE, *draw(64, 32_768, torch.float32))[2]
-    middle = dlogits.data_ptr() + dlogits.nbytes // 2
-    flags = []
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if area := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(area[1], 16) <= middle < int(area[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            flags = line.split()[1:]
-    assert "hg" in flags
+def test_new_and_old_memory_get_the_same_gradient():
+    """Memory that the system has yet to hand out is fetched first, and not written past the caches;
+    memory of which it has some pages is, in part."""
+    logits, targets = draw(512, 16_385, torch.float32)
+    stats = _token_stats_fwd(logits, targets, 0.9, None, None, False, "native")[2]
+    upstream = torch.randn(2, 512, generator=generator(11))
+    new, old, mixed = (torch.empty_like(logits) for _ in range(3))
+    assert new.nbytes >= 32 << 20
+    old.fill_(float("nan"))
+    mixed[::2].fill_(float("nan"))
+    for memory in (new, old, mixed):
+        native_vocab.backward(Rows(logits, targets, 0.9), stats, *upstream, memory)
+    assert new.isfinite().all()
+    assert torch.equal(old, new)
+    assert torch.equal(mixed, new)
 
 
 # exp(x) is 0 from -125.5 ln 2 on.
