@@ -346,6 +346,7 @@ def test_resume_after_kill_gives_the_same_weights(lm, rm, prompts, tmp_path):
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_saves_and_says_how_to_go_on(lm, rm, tmp_path, kind):
+    handler = signal.getsignal(signal.SIGINT)
     trainer = make_trainer(lm, rm, tmp_path / "cut")
     step = trainer._step
 
@@ -360,7 +361,7 @@ def test_interruption_saves_and_says_how_to_go_on(lm, rm, tmp_path, kind):
         match=r"after update 1 of 4, saved as .*checkpoint-1; go on with --resume",
     ):
         trainer.train()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     resumed = make_trainer(lm, rm, tmp_path / "cut", resume_from_checkpoint="true")
     assert len(resumed.train()) == 4
     make_trainer(lm, rm, tmp_path / "whole").train()

@@ -338,6 +338,7 @@ def interrupt_at(monkeypatch, step):
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(
     flags, train, tmp_path, monkeypatch, capsys
 ):
+    handler = signal.getsignal(signal.SIGINT)
     train("whole", save_strategy="no")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)
@@ -350,7 +351,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(
     assert not (tmp_path / "rm" / "model.safetensors").exists()
     train(save_strategy="no", resume_from_checkpoint="true")
     assert_same_bits(tmp_path / "rm", tmp_path / "whole")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch, capsys):
