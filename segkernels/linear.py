@@ -242,13 +242,12 @@ def linear_bwd(
         for block in parts_of(rows.count, height):
             x = rows.read(block)
             gradient = tile[: len(x) * len(panel)].view(len(x), len(panel))
+            logits = gradient
             if not len(kept):
-                logits = gradient
                 projection.logits(x, part, panel, logits)
             elif rows.index is None:
                 logits = kept[block, part]
             else:
-                logits = gradient
                 torch.index_select(kept[:, part], 0, rows.index[block], out=logits)
             targets, temperatures, *upstream = each(itemgetter(block), *per_row)
             tile_rows = vocab.Rows(logits, targets, temperature, temperatures, part.start)

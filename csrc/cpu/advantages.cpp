@@ -67,8 +67,8 @@ struct Payment {
     }
     length[0] = static_cast<float>(upto[0] - earlier);
     for (int32_t i = 1; i < found; ++i) length[i] = static_cast<float>(upto[i] - upto[i - 1]);
-    log_double(log_position, log_position, found);
     const Curve& curve = credit.curve;
+    if (curve.n_knots > 0) log_double(log_position, log_position, found);
     if (curve.n_knots == 0) {
       std::copy(reward, reward + found, shares);
     } else if (curve.n_knots == 1) {
@@ -189,12 +189,18 @@ Moments moments_of_block(X x, Flags mask, int64_t begin, int64_t end) {
 // compilers vectorise.
 constexpr int64_t kTerms = 256;
 
-// Calls body(start, size) for [begin, end) in pieces, except for those without action tokens.
-template <class Body>
-void for_each_piece(int64_t begin, int64_t end, Flags mask, const Body& body) {
+// Calls body(start, size) for [begin, end) in pieces, or skipped(start, size) for a piece without
+// action tokens.
+template <class Body, class Skipped>
+void for_each_piece(int64_t begin, int64_t end, Flags mask, const Body& body,
+                    const Skipped& skipped) {
   for (int64_t start = begin; start < end; start += kTerms) {
     const int64_t stop = std::min(start + kTerms, end);
-    if (first_true(start, stop, mask) < stop) body(start, stop - start);
+    if (first_true(start, stop, mask) < stop) {
+      body(start, stop - start);
+    } else {
+      skipped(start, stop - start);
+    }
   }
 }
 
@@ -207,12 +213,13 @@ void aggregate(Flags mask, Rows rows, Aggregation aggregation, float* loss, doub
   for_each_row(rows, mask, kTokensPerTask, place, [&](const Row& row) {
     const SegmentSum sum = scan.total(row, [&](int64_t begin, int64_t end) {
       double sum = 0;
-      for_each_piece(begin, end, mask, [&](int64_t start, int64_t size) {
+      const auto add = [&](int64_t start, int64_t size) {
         double out[kTerms] = {};
         terms(start, size, out);
         const Flags actions{mask.data + start};
         sum += sum_true(0, size, [&](int64_t i) { return out[i]; }, actions);
-      });
+      };
+      for_each_piece(begin, end, mask, add, [](int64_t, int64_t) {});
       return SegmentSum{sum, static_cast<int32_t>(count_true(begin, end, mask))};
     });
     sums[row.index] = sum.sum;
@@ -238,15 +245,16 @@ void weigh_slopes(const float* dloss, Flags mask, Rows rows, const double* row_w
                   Place place, const Slopes& slopes) {
   for_each_row(rows, mask, kTokensPerTask, place, [&](const Row& row) {
     const float weight = static_cast<float>(*dloss * row_weights[row.index]);
+    const auto weigh = [&](int64_t start, int64_t size) {
+      float of_piece[kTerms];
+      slopes(start, size, of_piece);
+      for (int64_t i = 0; i < size; ++i) {
+        out[start + i] = keep(mask[start + i], weight * of_piece[i]);
+      }
+    };
+    const auto clear = [&](int64_t start, int64_t size) { std::fill_n(out + start, size, 0.0f); };
     row.blocks([&](int64_t, int64_t begin, int64_t end) {
-      std::fill(out + begin, out + end, 0.0f);
-      for_each_piece(begin, end, mask, [&](int64_t start, int64_t size) {
-        float of_piece[kTerms];
-        slopes(start, size, of_piece);
-        for (int64_t i = 0; i < size; ++i) {
-          out[start + i] = keep(mask[start + i], weight * of_piece[i]);
-        }
-      });
+      for_each_piece(begin, end, mask, weigh, clear);
     });
   });
 }
@@ -364,7 +372,7 @@ void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, co
                   [&](int64_t start, int64_t size, double* out) {
                     ratios(term, logp, old, advantage, start, size, out);
                     for (int64_t i = 0; i < size; ++i) {
-                      out[i] *= -static_cast<double>(advantage[start + i]);
+                      out[i] = term.loss(out[i], advantage[start + i]);
                     }
                   });
       },

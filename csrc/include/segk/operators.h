@@ -225,7 +225,10 @@ struct PolicyTerm {
     return limited<double>(static_cast<double>(logprob) - old_logprob, advantage);
   }
   SEGK_HD double loss(float logprob, float old_logprob, float advantage) const {
-    return -static_cast<double>(advantage) * exp(log_ratio(logprob, old_logprob, advantage));
+    return loss(exp(log_ratio(logprob, old_logprob, advantage)), advantage);
+  }
+  SEGK_HD static double loss(double ratio, float advantage) {
+    return -static_cast<double>(advantage) * ratio;
   }
   SEGK_HD float slope(float logprob, float old_logprob, float advantage) const {
     return slope(logprob, old_logprob, advantage, expf(logprob - old_logprob));
