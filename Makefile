@@ -23,15 +23,17 @@ kernels: setup
 	PYTHONPATH=. $(BIN)/python tests/kernel_budget.py
 
 # The C++ core without Python. Its threads do not depend on the instruction set.
-sanitize: build/sanitize-address/segk_test build/sanitize-thread/segk_test
-	build/sanitize-address/segk_test
-	build/sanitize-thread/segk_test scalar
+sanitize: build/sanitize-address/built build/sanitize-thread/built
+	set -e; for test in build/sanitize-address/segk_test_*; do $$test; done
+	build/sanitize-thread/segk_test_scalar
 
-build/sanitize-address/segk_test: SANITIZERS := address,undefined
-build/sanitize-thread/segk_test: SANITIZERS := thread
-build/sanitize-%/segk_test: .venv/installed $(SOURCES)
+build/sanitize-address/built: SANITIZERS := address,undefined
+build/sanitize-thread/built: SANITIZERS := thread
+build/sanitize-thread/built: TARGETS := --target segk_test_scalar
+build/sanitize-%/built: .venv/installed $(SOURCES)
 	$(BIN)/cmake -S . -B $(@D) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSEGK_SANITIZE=$(SANITIZERS)
-	$(BIN)/cmake --build $(@D) --parallel
+	$(BIN)/cmake --build $(@D) --parallel $(TARGETS)
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -38,6 +38,8 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[
         Extension("segkernels._native", sources=[]),
+        Extension("segkernels._native_avx2", sources=[], optional=True),  # on x86
+        Extension("segkernels._native_avx512", sources=[], optional=True),
         Extension("segkernels._cuda", sources=[], optional=True),  # where nvcc is
     ],
     cmdclass={"build_ext": CMakeBuild},

@@ -12,15 +12,14 @@ using segk::RowsArg;
 
 namespace {
 
-// segkernels.rewards.native_curve: (mean_slope, std_slope, min_std, knots, their address).
-using CurveArg = std::tuple<float, float, float, int, uintptr_t>;
+// segkernels.rewards.native_curve: (address of what Curve.packed in normalizer.py holds, knots).
+using CurveArg = std::tuple<uintptr_t, int>;
 
 segk::Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {
-  const auto [mean_slope, std_slope, min_std, n_knots, knots] = arg;
-  return {{mean_slope, std_slope, min_std, n_knots, at<const float>(knots)},
-          static_cast<segk::Spread>(spread),
-          mean,
-          clip};
+  const auto* packed = at<const float>(std::get<0>(arg));
+  segk::Curve curve{0, 0, 0, std::get<1>(arg), nullptr};
+  if (packed) curve = {packed[0], packed[1], packed[2], std::get<1>(arg), packed + 3};
+  return {curve, static_cast<segk::Spread>(spread), mean, clip};
 }
 
 }  // namespace

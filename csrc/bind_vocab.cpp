@@ -10,7 +10,8 @@ using segk::FloatsArg;
 void bind_vocab(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
 
-  py::class_<segk::VocabRows>(m, "VocabRows")
+  // Local: two of the modules may be loaded at once.
+  py::class_<segk::VocabRows>(m, "VocabRows", py::module_local())
       .def(py::init([](FloatsArg logits, int64_t count, int64_t vocab, int64_t inner,
                        int64_t outer_stride, int64_t inner_stride, int64_t first, uintptr_t targets,
                        uintptr_t temperatures, double temperature) {

@@ -1,11 +1,12 @@
-// The extension module. Only this file and the bind_*.cpp beside it know Python.
+// The CPU modules, one for each instruction set. Only this file and the bind_*.cpp beside it know
+// Python.
 #include <pybind11/pybind11.h>
 
 #include <string>
 #include <tuple>
 
+#include "segk/isa.h"
 #include "segk/operators.h"
-#include "segk/vocab.h"
 
 namespace py = pybind11;
 
@@ -14,9 +15,10 @@ void bind_advantages(py::module_& m);
 void bind_normalizer(py::module_& m);
 void bind_vocab(py::module_& m);
 
-PYBIND11_MODULE(_native, m) {
+PYBIND11_MODULE(SEGK_MODULE, m) {
   m.doc() = "Compiled kernels of segkernels: addresses, sizes and dtype codes in, memory filled.";
   m.def("build_info", [] { return std::string("isa ") + segk::isa_name(); });
+  m.def("chosen_isa", segk::chosen_isa);
   m.attr("SCRATCH_BYTES") = 0;
   bind_segments(m);
   bind_advantages(m);

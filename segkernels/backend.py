@@ -100,7 +100,7 @@ def choose(op: str, *tensors: Tensor | None, backend: str | None = None) -> str:
     process warns.
     """
     present = [t for t in tensors if t is not None]
-    double = any(t.dtype == torch.float64 for t in present)
+    double = torch.float64 in [t.dtype for t in present]
     name, refusal = _choose(op, present[0].device, double, backend)
     if refusal and not torch.compiler.is_compiling():
         _warn_once(refusal)

@@ -190,14 +190,14 @@ def _segment_scores_fwd(
     cu_seqlens: Tensor | None,
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    layout = layout_of("rewards", rewards, cu_seqlens)
-    scores = native.empty(rewards, layout.n_rows)
-    counts = native.empty(rewards, layout.n_rows, dtype=torch.int32)
+    rows = native.rows(rewards, cu_seqlens)
+    scores = native.empty(rewards, rows[0])
+    counts = native.empty(rewards, rows[0], dtype=torch.int32)
     native.kernels(rewards).segment_scores_fwd(
         native.floats(rewards),
         native.ptr(ends),
         native.ptr(mask),
-        native.rows(layout),
+        rows,
         mean,
         native.ptr(scores),
         native.ptr(counts),
@@ -215,14 +215,13 @@ def _segment_scores_bwd(
     cu_seqlens: Tensor | None,
     mean: bool,
 ) -> Tensor:
-    layout = layout_of("ends", ends, cu_seqlens)
     drewards = native.empty_like(ends)
     native.kernels(dscores).segment_scores_bwd(
         native.ptr(dscores),
         native.ptr(counts),
         native.ptr(ends),
         native.ptr(mask),
-        native.rows(layout),
+        native.rows(ends, cu_seqlens),
         mean,
         native.ptr(drewards),
         native.place(dscores),
@@ -270,9 +269,9 @@ def _segment_bradley_terry_fwd(
     label_smoothing: float,
     center_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layout = layout_of("rewards", rewards, cu_seqlens)
+    rows = native.rows(rewards, cu_seqlens)
     loss = native.empty(rewards)
-    scores = native.empty(rewards, layout.n_rows)
+    scores = native.empty(rewards, rows[0])
     accuracy = native.empty_like(loss)
     counts = native.empty_like(scores, torch.int32)
     slopes = native.empty_like(scores)
@@ -281,7 +280,7 @@ def _segment_bradley_terry_fwd(
         native.floats(rewards),
         native.ptr(ends),
         native.ptr(mask),
-        native.rows(layout),
+        rows,
         native.ptr(margin),
         mean,
         label_smoothing,
@@ -308,7 +307,6 @@ def _segment_bradley_terry_bwd(
     cu_seqlens: Tensor | None,
     mean: bool,
 ) -> Tensor:
-    layout = layout_of("ends", ends, cu_seqlens)
     drewards = native.empty_like(ends)
     native.kernels(ends).segment_bradley_terry_bwd(
         native.ptr(dloss),
@@ -317,7 +315,7 @@ def _segment_bradley_terry_bwd(
         native.ptr(counts),
         native.ptr(ends),
         native.ptr(mask),
-        native.rows(layout),
+        native.rows(ends, cu_seqlens),
         mean,
         native.ptr(drewards),
         native.place(ends),

@@ -7,7 +7,7 @@ A stream is a grid ``[N, T]`` (each row a sequence, padding anywhere) or a flat 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where the rows of one token stream lie."""
 
     shape: torch.Size
@@ -33,26 +32,9 @@ class Layout:
         return self.shape.numel()
 
     def check_rows(self) -> None:
-        """Raises ValueError for cu_seqlens that do not divide the stream, where values are read.
-
-        What follows the rows does it before: the reference here, kernels in ``native.rows``.
-        """
-        cu_seqlens = self.cu_seqlens
-        if cu_seqlens is None or not values_may_be_checked(cu_seqlens):
-            return
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != self.n_tokens:
-            raise ValueError(
-                f"cu_seqlens: expected to run from 0 to {self.n_tokens}, the number of tokens, got "
-                f"{first} to {last}; it must cover the stream exactly"
-            )
-        falls = cu_seqlens[1:] < cu_seqlens[:-1]
-        if falls.any():
-            row = int(falls.nonzero()[0, 0])
-            raise ValueError(
-                f"cu_seqlens: expected values that never decrease, got {int(cu_seqlens[row])} then "
-                f"{int(cu_seqlens[row + 1])} at row {row}; pass cumulative sequence lengths"
-            )
+        """``check_rows`` of this stream, before its rows are followed."""
+        if self.cu_seqlens is not None:
+            check_rows(self.cu_seqlens, self.n_tokens)
 
     def row_ids(self, device: torch.device) -> Tensor:
         """Row of every token, int64 ``[T]`` in storage order; raises as ``check_rows``."""
@@ -72,6 +54,25 @@ class Layout:
         return f"row {row}, position {position}"
 
 
+def check_rows(cu_seqlens: Tensor, n_tokens: int) -> None:
+    """Raises ValueError for cu_seqlens that do not divide the stream, where values are read."""
+    if not values_may_be_checked(cu_seqlens):
+        return
+    bounds = cu_seqlens.cpu().numpy()  # many times as quick as tensors of a few rows
+    if bounds[0] != 0 or bounds[-1] != n_tokens:
+        raise ValueError(
+            f"cu_seqlens: expected to run from 0 to {n_tokens}, the number of tokens, got "
+            f"{bounds[0]} to {bounds[-1]}; it must cover the stream exactly"
+        )
+    falls = bounds[1:] < bounds[:-1]
+    if falls.any():
+        row = int(falls.argmax())
+        raise ValueError(
+            f"cu_seqlens: expected values that never decrease, got {bounds[row]} then "
+            f"{bounds[row + 1]} at row {row}; pass cumulative sequence lengths"
+        )
+
+
 def values_may_be_checked(tensor: Tensor) -> bool:
     """Reading values costs a synchronisation on a GPU: there only with SEGKERNELS_DEBUG=1.
 
@@ -87,7 +88,7 @@ def layout_of(name: str, tensor: Tensor, cu_seqlens: Tensor | None) -> Layout:
     """The layout of ``tensor``, an op's leading argument called ``name``.
 
     Raises ValueError or TypeError (what, expected, got, remedy) for shapes, dtypes and devices that
-    make no stream. The values of ``cu_seqlens`` are checked by ``Layout.check_rows``.
+    make no stream. The values of ``cu_seqlens`` are checked by ``check_rows``.
     """
     check_tensor(name, tensor)
     if cu_seqlens is None:

@@ -1,8 +1,9 @@
 """Loads the compiled extension and turns tensors into what crosses its boundary.
 
 The extension knows nothing of torch: pointers, sizes and dtype codes go in, memory that the caller
-allocated is filled. It has a module for CPUs and, where it was built with nvcc, one for NVIDIA GPUs
-with the same sequence ops.
+allocated is filled. It has a module for every instruction set of CPUs, of which the best that the
+processor has is used (SEGKERNELS_ISA forces one), and, where it was built with nvcc, one for NVIDIA
+GPUs with the same sequence ops.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .layout import check_rows
 
 
 def _load(name: str) -> tuple[Any, str]:
@@ -25,7 +26,15 @@ def _load(name: str) -> tuple[Any, str]:
         return None, str(error)
 
 
-extension, missing = _load("_native")  # the CPU kernels
+def _load_cpu() -> tuple[Any, str]:
+    anywhere, missing = _load("_native")
+    if anywhere is None:
+        return None, missing
+    isa = anywhere.chosen_isa()
+    return (anywhere, "") if isa == "scalar" else _load(f"_native_{isa}")
+
+
+extension, missing = _load_cpu()
 cuda_extension, cuda_missing = _load("_cuda")  # the CUDA kernels
 if torch.version.hip is not None:
     cuda_extension = None
@@ -74,14 +83,17 @@ def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tens
     return like.new_empty(shape, dtype=dtype)
 
 
-def rows(layout: Layout) -> tuple[int, int, int]:
-    """(rows, tokens per row, address of cu_seqlens or 0), raises as ``check_rows``.
+def rows(like: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """(rows, tokens per row, address of cu_seqlens or 0) of a stream that ``layout_of`` accepted.
 
-    Of a flat stream the mean of tokens per row, rounded up.
+    Of a flat stream the mean of tokens per row, rounded up. Raises as ``check_rows``.
     """
-    layout.check_rows()
-    mean = layout.row_len or -(-layout.n_tokens // max(layout.n_rows, 1))
-    return layout.n_rows, mean, ptr(layout.cu_seqlens)
+    if cu_seqlens is None:
+        return *like.shape, 0
+    assert cu_seqlens.dtype == torch.int32
+    check_rows(cu_seqlens, like.shape[0])
+    count = cu_seqlens.shape[0] - 1
+    return count, -(-like.shape[0] // max(count, 1)), ptr(cu_seqlens)
 
 
 def threads() -> int:

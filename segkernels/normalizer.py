@@ -577,7 +577,7 @@ def _location_moments(
         native.floats(rewards),
         native.ptr(ends),
         native.ptr(mask),
-        native.rows(layout_of("rewards", rewards, cu_seqlens)),
+        native.rows(rewards, cu_seqlens),
         bins,
         native.ptr(moments),
         native.place(rewards),

@@ -197,10 +197,10 @@ def _policy_loss_fwd(
     high: float,
     aggregation: int,
 ) -> tuple[Tensor, Tensor]:
-    layout = layout_of("logprobs", logprobs, cu_seqlens)
+    rows = native.rows(logprobs, cu_seqlens)
     loss, row_weights = (
         native.empty(logprobs),
-        native.empty(logprobs, layout.n_rows, dtype=torch.float64),
+        native.empty(logprobs, rows[0], dtype=torch.float64),
     )
     scratch = native.scratch(logprobs)
     native.kernels(logprobs).policy_loss_fwd(
@@ -208,7 +208,7 @@ def _policy_loss_fwd(
         native.floats(old_logprobs),
         native.floats(advantages),
         native.ptr(mask),
-        native.rows(layout),
+        rows,
         low,
         high,
         aggregation,
@@ -239,7 +239,7 @@ def _policy_loss_bwd(
         native.floats(old_logprobs),
         native.floats(advantages),
         native.ptr(mask),
-        native.rows(layout_of("logprobs", logprobs, cu_seqlens)),
+        native.rows(logprobs, cu_seqlens),
         low,
         high,
         native.ptr(row_weights),
@@ -259,10 +259,10 @@ def _value_loss_fwd(
     clip: float,
     aggregation: int,
 ) -> tuple[Tensor, Tensor]:
-    layout = layout_of("values", values, cu_seqlens)
+    rows = native.rows(values, cu_seqlens)
     loss, row_weights = (
         native.empty(values),
-        native.empty(values, layout.n_rows, dtype=torch.float64),
+        native.empty(values, rows[0], dtype=torch.float64),
     )
     scratch = native.scratch(values)
     native.kernels(values).value_loss_fwd(
@@ -270,7 +270,7 @@ def _value_loss_fwd(
         native.floats(old_values),
         native.floats(returns),
         native.ptr(mask),
-        native.rows(layout),
+        rows,
         clip,
         aggregation,
         native.ptr(loss),
@@ -299,7 +299,7 @@ def _value_loss_bwd(
         native.floats(old_values),
         native.floats(returns),
         native.ptr(mask),
-        native.rows(layout_of("values", values, cu_seqlens)),
+        native.rows(values, cu_seqlens),
         clip,
         native.ptr(row_weights),
         native.ptr(dvalues),

@@ -126,13 +126,9 @@ def packed_curve(normalizer: Normalizer | None) -> Tensor | None:
     return None if normalizer is None else normalizer.curve.packed
 
 
-def native_curve(packed: Tensor | None) -> tuple[float, float, float, int, int]:
-    """(mean_slope, std_slope, min_std, number of knots, their address); none changes no reward."""
-    if packed is None:
-        return 0.0, 0.0, 0.0, 0, 0
-    knots = packed[3:]
-    mean_slope, std_slope, min_std = packed[:3].tolist()
-    return mean_slope, std_slope, min_std, len(knots) // 3, native.ptr(knots)
+def native_curve(packed: Tensor | None) -> tuple[int, int]:
+    """(address of ``Curve.packed``, number of its knots); 0 of them leave rewards as they are."""
+    return (0, 0) if packed is None else (native.ptr(packed), packed.numel() // 3 - 1)
 
 
 @native.operator
@@ -151,7 +147,7 @@ def _scatter_segment_rewards_fwd(
         native.floats(rewards),
         native.ptr(ends),
         native.ptr(mask),
-        native.rows(layout_of("rewards", rewards, cu_seqlens)),
+        native.rows(rewards, cu_seqlens),
         native_curve(curve),
         spread,
         mean,

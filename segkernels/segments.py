@@ -126,14 +126,14 @@ def _segment_ends(
     exclude_last: Tensor | None,
     exclude_all: bool,
 ) -> Tensor:
-    layout = layout_of("entropy", entropy, cu_seqlens)
     if entropy.is_cuda and values_may_be_checked(entropy):
+        layout = layout_of("entropy", entropy, cu_seqlens)
         reference.check_numbers(entropy, mask, layout, current)
     ends = native.empty_like(mask, torch.bool)
     nan = native.kernels(entropy).segment_ends(
         native.floats(entropy),
         native.ptr(mask),
-        native.rows(layout),
+        native.rows(entropy, cu_seqlens),
         threshold,
         current,
         native.ptr(exclude_last),
@@ -142,7 +142,7 @@ def _segment_ends(
         native.place(entropy),
     )
     if nan >= 0:
-        raise reference.nan_entropy(layout, nan)
+        raise reference.nan_entropy(layout_of("entropy", entropy, cu_seqlens), nan)
     return ends
 
 

@@ -20,6 +20,7 @@ from segkernels.advantages import (
     whiten,
 )
 from segkernels.rewards import packed_curve, scatter_segment_rewards
+from segkernels.segments import segment_ends
 
 BACKENDS = ("reference", "native")
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -211,6 +212,40 @@ def test_a_nan_reaches_every_earlier_token(backend):
     mask = torch.ones(2, 4, dtype=torch.bool)
     advantages, _ = gae(rewards, torch.zeros(2, 4), mask, backend=backend)
     assert advantages.isnan().tolist() == [[True, True, True, False], [False] * 4]
+
+
+@backends
+@pytest.mark.parametrize("wrong", [NAN, float("inf"), float("-inf")])
+def test_no_later_token_is_reached(backend, wrong):
+    g = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 1, 100, generator=g)
+    mask = torch.ones(1, 100, dtype=torch.bool)
+    for at in (0, 41, 42, 43, 44, 95, 99):
+        poisoned = rewards.clone()
+        poisoned[0, at] = wrong
+        for a, b in zip(
+            gae(poisoned, values, mask, lam=0.9, backend=backend),
+            gae(rewards, values, mask, lam=0.9, backend=backend),
+            strict=True,
+        ):
+            assert torch.equal(a[0, at + 1 :], b[0, at + 1 :])
+            expected = torch.full((at + 1,), wrong)
+            torch.testing.assert_close(a[0, : at + 1], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@given(st.lists(st.integers(1, 70), min_size=2, max_size=40), st.integers(0, 2**31 - 1))
+@settings(max_examples=50, deadline=None)
+def test_holes_change_no_bit(runs, seed):
+    """Runs of action tokens with holes between them give what the tokens give side by side."""
+    mask = torch.cat([torch.full((n,), i % 2 == 0) for i, n in enumerate(runs)])[None]
+    g = torch.Generator().manual_seed(seed)
+    rewards, logprobs, ref_logprobs, values = torch.randn(4, *mask.shape, generator=g)
+    ends = segment_ends(torch.rand(mask.shape, generator=g), mask, 0.8)
+    holes = segment_advantages(rewards, ends, logprobs, ref_logprobs, values, mask, lam=0.9)
+    args = (x[mask][None] for x in (rewards, ends, logprobs, ref_logprobs, values, mask))
+    for a, b in zip(holes, segment_advantages(*args, lam=0.9), strict=True):
+        assert torch.equal(a[mask], b[0])
+        assert not a[~mask].any()
 
 
 def test_threads_do_not_matter(two_threads):

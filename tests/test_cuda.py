@@ -25,6 +25,7 @@ from segkernels import (
     segment_scores,
     whiten,
 )
+from segkernels.rewards import native_curve
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 NAN = float("nan")
@@ -487,14 +488,14 @@ def test_each_op_is_one_launch_each_way(monkeypatch):
 
 def test_too_many_knots():
     x = torch.zeros(1, 4)
-    knots = torch.ones(3, 65)
+    packed = torch.ones(3 + 3 * 65)
     with pytest.raises(ValueError, match="expected at most 64 knots, got 65; merge neighbouring"):
         on_host().scatter_segment_rewards_fwd(
             rewards=native.floats(x),
             ends=0,
             mask=0,
             rows=(1, 4, 0),
-            curve=(0.0, 0.0, 1.0, 65, native.ptr(knots)),
+            curve=native_curve(packed),
             spread=0,
             mean=False,
             clip=1.0,

@@ -1,10 +1,4 @@
 import math
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -527,82 +521,6 @@ def check_half_storage():
 
 def test_half_storage():
     check_half_storage()
-
-
-def check_everything():
-    """What must hold for every instruction set; run in a process of its own for each."""
-    for dtype in STORAGE:
-        for vocab in (1000, 40_001):
-            check_hard(NATIVE, dtype, vocab)
-        for vocab in (3, 5000):
-            check_random(NATIVE, dtype, vocab)
-    check_half_storage()
-    check_large_gradients()
-    test_exp_over_the_whole_range()
-    test_every_nan_stays_nan(NATIVE)
-    print(native.extension.build_info())
-
-
-def in_process(isa, code):
-    here = Path(__file__).parent
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "SEGKERNELS_ISA": isa, "PYTHONPATH": str(here.parent)},
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_every_instruction_set():
-    """The refusal of a name that is none lists what this processor and build can run."""
-    without_torch = f"sys.path.insert(0, {str(Path(native.extension.__file__).parent)!r})"
-    refused = in_process(
-        "sse9", f"import sys; {without_torch}; import _native as n; n.build_info()"
-    )
-    message = refused.stderr.strip().splitlines()[-1]
-    found = re.fullmatch(
-        r"ValueError: SEGKERNELS_ISA: expected one that this processor and build run \((.*)\), "
-        r"got 'sse9'; unset it to use the best of them",
-        message,
-    )
-    assert found, message
-    names = found[1].split(", ")
-    assert names[0] == "scalar"
-    for name in names:
-        done = in_process(name, "import test_token_stats as t; t.check_everything()")
-        assert done.returncode == 0, f"{name}: {done.stderr}"
-        assert f"isa {name}\n" in done.stdout
-
-
-def test_vector_instructions_stay_where_they_are_chosen():
-    """No function outside the namespace of an instruction set holds an instruction of it."""
-    objdump = shutil.which("objdump")
-    if objdump is None:
-        pytest.skip("objdump is not installed")
-    library = native.extension.__file__
-    header = subprocess.run([objdump, "-f", library], capture_output=True, text=True, check=True)
-    if "x86-64" not in header.stdout:
-        pytest.skip("one instruction set on this architecture")
-    listing = subprocess.run(
-        [objdump, "--disassemble", "--demangle", "--no-show-raw-insn", library],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    found = {"avx2": 0, "avx512": 0}
-    function = ""
-    for line in listing.splitlines():
-        if name := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            function = name[1]
-        # Every VEX or EVEX instruction on vectors begins with v; those on masks name a %k.
-        elif re.match(r"\s*[0-9a-f]+:\s+v", line) or re.search(r"%(ymm|zmm|k)\d", line):
-            home = re.search(r"segk::(avx2|avx512)::", function)
-            assert home, f"{function}: {line}"
-            assert home[1] == "avx512" or not re.search(r"%(zmm|k)\d", line), f"{function}: {line}"
-            found[home[1]] += 1
-    assert all(found.values()), found
 
 
 OPCHECK_LOGITS = torch.randn(3, 4, 17, generator=generator())

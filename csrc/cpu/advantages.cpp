@@ -7,174 +7,49 @@
 #include <vector>
 
 #include "cpu/blocks.h"
+#include "cpu/elementary.h"
 #include "cpu/flags.h"
+#include "cpu/gae.h"
+#include "cpu/payment.h"
 #include "cpu/storage.h"
 #include "segk/operators.h"
-#include "segk/vocab.h"
 
 namespace segk {
 namespace {
 
 constexpr int64_t kMomentsBlock = 4096;
 
-// Pays the rewards of segments to their tokens.
-template <class Rewards>
-struct Payment {
-  Rewards rewards;
-  Flags ends;
-  Flags mask;
-  const Credit& credit;
-  float* out;
+const Pieces kNoPieces{0, -1, 0, 0};
 
-  void operator()(const Row& row, Scan<Pieces>& scan) const {
-    scan.walk(
-        row, [&](int64_t begin, int64_t end) { return summarize(begin, end); },
-        [&](int64_t begin, int64_t end, Pieces before, Pieces after) {
-          walk(begin, end, before, after);
-        });
-  }
+const Affine<double> kNoStep{1, 0};
 
- private:
-  Pieces summarize(int64_t begin, int64_t end) const {
-    const int64_t segments = count_true(begin, end, ends, mask);
-    const int64_t first = first_true(begin, end, ends, mask);
-    return {segments, segments ? first : -1, count_true(begin, std::min(first + 1, end), mask),
-            tail(begin, end, 0)};
-  }
+// Token rewards less the KL penalty, whose estimate of a token is written when its reward is read.
+template <class Logprobs>
+struct Penalized {
+  const float* rewards;
+  Logprobs logprobs;
+  Logprobs ref_logprobs;
+  double kl_coef;
+  float* kl;
 
-  // Action tokens of [begin, end) behind the last end; without one, all of them and `earlier`.
-  int64_t tail(int64_t begin, int64_t end, int64_t earlier) const {
-    const int64_t last = last_true(begin, end, ends, mask);
-    return count_true(last + 1, end, mask) + (last < begin ? earlier : 0);
-  }
-
-  static constexpr int32_t kChunk = 256;
-
-  // shares [found] of segments k, k + 1 ... of a row's `total` that end at tokens start + at, where
-  // the row has had `upto` action tokens, `earlier` of them before these segments. Step by step, so
-  // that each is a loop that compilers vectorise.
-  void pay(int64_t start, int32_t found, const int32_t* at, const int32_t* upto, int64_t earlier,
-           int64_t k, int64_t total, float* shares) const {
-    float reward[kChunk];
-    float position[kChunk];
-    float length[kChunk];
-    double log_position[kChunk];
-    const auto all = static_cast<float>(total);
-    for (int32_t i = 0; i < found; ++i) reward[i] = rewards[start + at[i]];
-    for (int32_t i = 0; i < found; ++i) {
-      position[i] = static_cast<float>(static_cast<int32_t>(k) + i + 1) / all;
-      log_position[i] = position[i];
-    }
-    length[0] = static_cast<float>(upto[0] - earlier);
-    for (int32_t i = 1; i < found; ++i) length[i] = static_cast<float>(upto[i] - upto[i - 1]);
-    const Curve& curve = credit.curve;
-    if (curve.n_knots > 0) log_double(log_position, log_position, found);
-    if (curve.n_knots == 0) {
-      std::copy(reward, reward + found, shares);
-    } else if (curve.n_knots == 1) {
-      const float mean = curve.knots[1];
-      const float std = curve.knots[2];
-      for (int32_t i = 0; i < found; ++i) {
-        shares[i] = curve.line(reward[i], static_cast<float>(log_position[i]), mean, std);
-      }
-    } else {
-      for (int32_t i = 0; i < found; ++i) {
-        shares[i] = curve(reward[i], position[i], static_cast<float>(log_position[i]));
-      }
-    }
-    for (int32_t i = 0; i < found; ++i) {
-      shares[i] = credit.paid(reward[i], shares[i], all, length[i]);
-    }
-  }
-
-  // From the last token to the first, some at a time: first all shares, then who gets which.
-  void walk(int64_t begin, int64_t end, Pieces before, Pieces after) const {
-    uint8_t action[kChunk];
-    uint8_t closes[kChunk];  // whether a segment ends there
-    int32_t at[kChunk];      // where they end, from the chunk's start on
-    int32_t upto[kChunk];    // action tokens up to there
-    float shares[kChunk + 1];
-    int64_t k = before.segments + count_true(begin, end, ends, mask);
-    const int64_t total = k + after.segments;
-    float open = 0;  // the share of tokens whose end comes later
-    if (after.segments) {
-      open = credit(rewards[after.first_end], k, total, tail(begin, end, before.tail) + after.head);
-    }
-    for (int64_t stop = end; stop > begin;) {
-      const int64_t start = std::max<int64_t>(stop - kChunk, begin);
-      if (first_true(start, stop, mask) == stop) {  // padding
-        std::fill(out + start, out + stop, 0.0f);
-        stop = start;
-        continue;
-      }
-      const auto size = static_cast<int32_t>(stop - start);
-      for (int32_t i = 0; i < size; ++i) {
-        action[i] = mask[start + i];
-        closes[i] = ends[start + i] & mask[start + i];
-      }
-      int32_t tokens = 0;
-      int32_t found = 0;
-      for (int32_t i = 0; i < size; ++i) {
-        tokens += action[i];
-        at[found] = i;
-        upto[found] = tokens;
-        found += closes[i];
-      }
-      k -= found;
-      if (found) pay(start, found, at, upto, -tail(begin, start, before.tail), k, total, shares);
-      shares[found] = open;
-      if (credit.spread == Spread::last) {
-        std::fill(out + start, out + stop, 0.0f);
-        for (int32_t i = 0; i < found; ++i) out[start + at[i]] = shares[i];
-      } else {
-        const float* share = shares;
-        for (int32_t i = 0; i < size; ++i) {
-          out[start + i] = keep(action[i], *share);
-          share += closes[i];
-        }
-      }
-      open = shares[0];
-      stop = start;
-    }
+  double operator[](int64_t t) const {
+    const double estimate = static_cast<double>(logprobs[t]) - ref_logprobs[t];
+    kl[t] = static_cast<float>(estimate);
+    return rewards[t] - kl_coef * estimate;
   }
 };
 
-const Pieces kNoPieces{0, -1, 0, 0};
-
-template <class Reward, class Values>
-void estimate(const Row& row, Scan<Affine<double>>& scan, Gae gae, Reward reward, Values values,
-              Flags mask, float* advantages, float* returns) {
-  scan.walk(
-      row,
-      [&](int64_t begin, int64_t end) {
-        double ahead = 0;
-        for (int64_t t = end - 1; t >= begin; --t) {
-          if (mask[t]) ahead = gae.leaves(reward(t), values[t])(ahead);
-        }
-        // Not the product of all scales: it would be subnormal for most of the way, and slow.
-        const auto count = static_cast<double>(count_true(begin, end, mask));
-        return Affine<double>{std::pow(gae.decay, count), ahead};
-      },
-      [&](int64_t begin, int64_t end, Affine<double>, Affine<double> after) {
-        const int64_t last = last_true(begin, end, mask);
-        for (float* out : {advantages, returns}) std::fill(out + last + 1, out + end, 0.0f);
-        double ahead = after(0);
-        for (int64_t t = last; t >= begin; --t) {
-          if (!mask[t]) {
-            advantages[t] = returns[t] = 0;
-            continue;
-          }
-          const double r = reward(t);
-          const double value = values[t];
-          const double advantage = Gae::advantage(r, value, ahead);
-          advantages[t] = static_cast<float>(advantage);
-          returns[t] = static_cast<float>(advantage + value);
-          ahead = gae.leaves(r, value)(ahead);
-        }
-      });
+template <class Logprobs>
+Quad four(const Penalized<Logprobs>& net, int64_t t) {
+  const Quad estimate = segk::four(net.logprobs, t) - segk::four(net.ref_logprobs, t);
+  store_floats(net.kl + t, estimate);
+  return segk::four(net.rewards, t) - all_of(net.kl_coef) * estimate;
 }
 
-const Affine<double> kNoStep{1, 0};
+template <class Logprobs>
+void clear(const Penalized<Logprobs>& net, int64_t begin, int64_t end) {
+  std::fill(net.kl + begin, net.kl + end, 0.0f);
+}
 
 template <class X>
 Moments moments_of_block(X x, Flags mask, int64_t begin, int64_t end) {
@@ -265,9 +140,8 @@ void ratios(PolicyTerm term, X logprobs, X old_logprobs, X advantages, int64_t s
             double* out) {
   for (int64_t i = 0; i < size; ++i) {
     const int64_t t = start + i;
-    out[i] = term.log_ratio(logprobs[t], old_logprobs[t], advantages[t]);
+    out[i] = exp_double(term.log_ratio(logprobs[t], old_logprobs[t], advantages[t]));
   }
-  exp_double(out, out, size);
 }
 
 }  // namespace
@@ -278,7 +152,7 @@ void scatter_segment_rewards_fwd(Floats rewards, const bool* ends, const bool* m
       [&](auto r) {
         const Payment<decltype(r)> pay{r, flags_of(ends), flags_of(mask), credit, out};
         Scan<Pieces> pieces(kNoPieces);
-        for_each_row(rows, pay.mask, kTokensPerTask, place,
+        for_each_row(rows, pay.mask, kQuickTokensPerTask, place,
                      [&](const Row& row) { pay(row, pieces); });
       },
       rewards);
@@ -289,11 +163,10 @@ void gae_fwd(Floats rewards, Floats values, const bool* mask, Rows rows, double 
   const Flags actions = flags_of(mask);
   with_storage(
       [&](auto r, auto v) {
+        const Estimator estimate({gamma, gamma * lam}, r, v, actions, advantages, returns);
         Scan<Affine<double>> steps(kNoStep);
-        for_each_row(rows, actions, kTokensPerTask, place, [&](const Row& row) {
-          const auto reward = [&](int64_t t) -> double { return r[t]; };
-          estimate(row, steps, {gamma, gamma * lam}, reward, v, actions, advantages, returns);
-        });
+        for_each_row(rows, actions, kQuickTokensPerTask, place,
+                     [&](const Row& row) { estimate(row, steps); });
       },
       rewards, values);
 }
@@ -306,17 +179,13 @@ void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, F
   with_storage(
       [&](auto r, auto logp, auto ref, auto v) {
         const Payment<decltype(r)> pay{r, flags_of(ends), actions, credit, token_rewards};
+        const Penalized<decltype(logp)> net{token_rewards, logp, ref, kl_coef, kl};
+        const Estimator estimate({gamma, gamma * lam}, net, v, actions, advantages, returns);
         Scan<Pieces> pieces(kNoPieces);
         Scan<Affine<double>> steps(kNoStep);
-        for_each_row(rows, actions, kTokensPerTask, place, [&](const Row& row) {
+        for_each_row(rows, actions, kQuickTokensPerTask, place, [&](const Row& row) {
           pay(row, pieces);
-          row.blocks([&](int64_t, int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; ++t) {
-              kl[t] = keep(actions[t], logp[t] - ref[t]);
-            }
-          });
-          const auto reward = [&](int64_t t) { return token_rewards[t] - kl_coef * kl[t]; };
-          estimate(row, steps, {gamma, gamma * lam}, reward, v, actions, advantages, returns);
+          estimate(row, steps);
         });
       },
       rewards, logprobs, ref_logprobs, values);

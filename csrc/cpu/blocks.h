@@ -15,8 +15,8 @@
 namespace segk {
 
 // Work that pays for waking a thread: tokens of an op that takes several nanoseconds for each, and
-// of one that takes less than two.
-constexpr int64_t kTokensPerTask = 8192;
+// of one that takes less than three.
+constexpr int64_t kTokensPerTask = 32768;
 constexpr int64_t kQuickTokensPerTask = 65536;
 constexpr int64_t kBlock = 32768;  // marked tokens
 
@@ -70,7 +70,8 @@ inline void cut(Flags marks, int64_t begin, int64_t end, std::vector<int64_t>& c
 // Calls body(row) once for each row; `marks` are the tokens that make a row giant.
 template <class Body>
 void for_each_row(Rows rows, Flags marks, int64_t tokens_per_task, Place place, const Body& body) {
-  const int64_t grain = tokens_per_task * rows.count / std::max<int64_t>(rows.tokens(), 1);
+  const int64_t tokens = std::max<int64_t>(rows.tokens(), 1);
+  const int64_t grain = (tokens_per_task * rows.count + tokens - 1) / tokens;
   const auto range = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = rows.begin(i);

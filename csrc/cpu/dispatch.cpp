@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -44,8 +45,15 @@ class Pool {
     for (size_t i = 0; i < helpers; ++i) wake_.notify_one();
     job.work();
     // A helper that has not come by now is not waited for: it finds no job and sleeps on.
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr;
+    }
+    // Those that did are at their last piece: to sleep and be woken would take longer.
+    const auto patience = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    while (running_ > 0 && std::chrono::steady_clock::now() < patience) {
+    }
     std::unique_lock<std::mutex> lock(mutex_);
-    job_ = nullptr;
     done_.wait(lock, [this] { return running_ == 0; });
     return true;
   }
@@ -71,8 +79,8 @@ class Pool {
   std::condition_variable done_;
   std::vector<std::thread> workers_;
   Job* job_ = nullptr;
-  int wanted_ = 0;   // helpers that the job still takes
-  int running_ = 0;  // helpers at work on it
+  int wanted_ = 0;               // helpers that the job still takes
+  std::atomic<int> running_{0};  // helpers at work on it; changes under mutex_
 };
 
 // The pool is never destroyed: its threads sleep until the process ends. A forked child has none
@@ -96,15 +104,14 @@ Pool& pool() {
 void parallel_for(int64_t count, int64_t grain, int64_t threads,
                   const std::function<void(int64_t, int64_t)>& body) {
   if (count <= 0) return;
-  grain = std::max<int64_t>(grain, 1);
-  const int64_t pieces = (count + grain - 1) / grain;
-  const int used = static_cast<int>(std::min(std::max<int64_t>(threads, 1), pieces));
+  const int64_t shares = count / std::max<int64_t>(grain, 1);
+  const int used = static_cast<int>(std::min(std::max<int64_t>(threads, 1), shares));
   if (used > 1) {
     Job job;
     job.body = &body;
     job.count = count;
-    // At least four chunks a thread: rows are ragged, so equal counts are not equal work.
-    job.chunk = std::max<int64_t>(1, pieces / (int64_t{4} * used)) * grain;
+    // Several pieces a thread: rows are ragged, and a helper comes late.
+    job.chunk = std::max<int64_t>(1, count / (int64_t{8} * used));
     if (pool().try_run(job, used)) return;
   }
   body(0, count);

@@ -93,6 +93,14 @@ int64_t last_true(int64_t begin, int64_t end, All... flags) {
   return t - 1;
 }
 
+// The first token of the run of true ones that ends before `end`, or `end`.
+inline int64_t run_true(int64_t begin, int64_t end, Flags flags) {
+  int64_t t = end;
+  while (t - begin >= 8 && detail::eight(flags, t - 8) == 0x0101010101010101) t -= 8;
+  while (t > begin && flags[t - 1]) --t;
+  return t;
+}
+
 // Sum of term(t) over the tokens of [begin, end) where all flags are true, in double; term is
 // called for the others too. Lanes, because a chain of sums would wait for each of them.
 template <class Term, class... All>

@@ -20,7 +20,9 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/elementary.h"
 #include "segk/advantages.h"
+#include "segk/isa.h"
 #include "segk/normalizer.h"
 #include "segk/segments.h"
 #include "segk/vocab.h"
@@ -933,33 +935,28 @@ void test_vocab_exp() {
 
 void test_exp_double() {
   where = "exp_double";
-  const int64_t n = 9999;
-  Array<double> x(n), out(n);
-  for (int64_t i = 0; i < n; ++i) x[i] = 0.1416 * static_cast<double>(i - n / 2);  // +-707.8
-  exp_double(x.get(), out.get(), n);
-  for (int64_t i = 0; i < n; ++i) {
-    const double want = std::exp(x[i]);
-    check(std::fabs(out[i] - want) <= 2e-11 * want, "within its error");
+  for (int i = -5000; i < 5000; ++i) {
+    const double x = 0.1416 * i;  // to +-708
+    const double want = std::exp(x);
+    check(std::fabs(exp_double(x) - want) <= 2e-11 * want, "within its error");
   }
   const double inf = std::numeric_limits<double>::infinity();
-  double odd[] = {-inf, -1e4, inf, 1e4, std::numeric_limits<double>::quiet_NaN(), 0};
-  exp_double(odd, odd, 6);
-  check(static_cast<float>(odd[0]) == 0 && static_cast<float>(odd[1]) == 0, "below");
-  check(odd[2] > 8e307 && odd[3] > 8e307, "above");
-  check(std::isnan(odd[4]), "NaN stays");
-  check(odd[5] == 1, "of 0");
+  for (const double x : {-inf, -1e4}) check(static_cast<float>(exp_double(x)) == 0, "below");
+  for (const double x : {inf, 1e4}) check(exp_double(x) > 8e307, "above");
+  check(std::isnan(exp_double(std::numeric_limits<double>::quiet_NaN())), "NaN stays");
+  check(exp_double(0) == 1, "of 0");
 }
 
-void test_log_double() {
-  where = "log_double";
-  const int64_t n = 9999;
-  Array<double> x(n), out(n);
-  for (int64_t i = 0; i < n; ++i) x[i] = std::exp(0.1416 * static_cast<double>(i - n / 2));
-  for (int64_t i = 0; i < 1000; ++i) x[i] = static_cast<double>(i + 1) / 1000;
-  log_double(x.get(), out.get(), n);
-  for (int64_t i = 0; i < n; ++i) {
-    const double want = std::log(x[i]);
-    check(std::fabs(out[i] - want) <= 2e-12 * std::fabs(want), "within its error");
+void test_log_float() {
+  where = "log_float";
+  const auto test = [](float x) {
+    const double want = std::log(static_cast<double>(x));
+    const double ulp = want == 0 ? 0 : std::ldexp(1.0, std::ilogb(want) - 23);
+    check(std::fabs(log_float(x) - want) <= ulp, "within 1 ulp");
+  };
+  for (int i = -870; i < 880; ++i) test(std::exp(0.1f * static_cast<float>(i)));
+  for (int n = 1; n < 200; ++n) {  // what positions are
+    for (int k = 1; k <= n; ++k) test(static_cast<float>(k) / static_cast<float>(n));
   }
 }
 
@@ -975,7 +972,7 @@ void test_everything() {
   test_vocab_everywhere();
   test_vocab_exp();
   test_exp_double();
-  test_log_double();
+  test_log_float();
 }
 
 // One op that keeps the pool busy for a while, and what it gives.
@@ -1054,14 +1051,7 @@ void test_fork(const PooledOp& op) {
 }
 #endif
 
-int run_with(const char* isa) {
-  setenv("SEGKERNELS_ISA", isa, 1);
-  try {
-    isa_name();
-  } catch (const std::invalid_argument& error) {
-    std::printf("%s: not run here: %s\n", isa, error.what());
-    return 0;
-  }
+int run() {
   test_everything();
   test_several_callers();
   memory = Memory::guarded;
@@ -1077,21 +1067,13 @@ int run_with(const char* isa) {
 
 }  // namespace
 
-// segk_test [ISA ...]: those instruction sets, or all. One is chosen for a process's whole life, so
-// each has a process of its own.
-int main(int argc, char** argv) {
-  const std::vector<const char*> all{"scalar", "avx2", "avx512"};
-  int result = 0;
-  for (const char* isa : argc > 1 ? std::vector<const char*>(argv + 1, argv + argc) : all) {
-    std::fflush(stdout);
-    const pid_t child = fork();
-    if (child == 0) std::exit(run_with(isa));
-    int status = -1;
-    waitpid(child, &status, 0);
-    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
-      std::fprintf(stderr, "FAILED with %s (status %d)\n", isa, status);
-      result = 1;
-    }
+int main() {
+  setenv("SEGKERNELS_ISA", isa_name(), 1);
+  try {
+    chosen_isa();
+  } catch (const std::invalid_argument& error) {
+    std::printf("%s: not run here: %s\n", isa_name(), error.what());
+    return 0;
   }
-  return result;
+  return run();
 }

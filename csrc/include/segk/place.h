@@ -1,5 +1,5 @@
 // Where a sequence op runs. The ops are declared and bound once, and each module of the package
-// implements them: _native on CPUs, _cuda on NVIDIA GPUs.
+// implements them: those of _native on CPUs, _cuda on NVIDIA GPUs.
 #pragma once
 
 #include <cstdint>

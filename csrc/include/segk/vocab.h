@@ -62,47 +62,4 @@ void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* d
 // scalar ones) down to 2^-125.5, 0 below.
 void vocab_exp(const float* x, float* out, int64_t count);
 
-// out[i] = exp(x[i]), to 2e-11 of it; beyond what a float can hold the limits of a double's
-// exponent stand for 0 and infinity. The same bits from every instruction set.
-void exp_double(const double* x, double* out, int64_t count);
-
-// out[i] = log(x[i]) of positive normal numbers, to 2e-12 of it. The same bits likewise.
-void log_double(const double* x, double* out, int64_t count);
-
-// Instruction set that the vocabulary kernels run with: "scalar", "avx2" or "avx512".
-// Throws std::invalid_argument when SEGKERNELS_ISA asks for one that cannot run here.
-const char* isa_name();
-
-// What the columns of one row share in the backward pass.
-struct RowGradient {
-  RowStats stats;
-  double temperature;
-  float dlogprob;
-  float dentropy;
-  int64_t target;  // the column that is the target, or -1
-};
-
-// One table per instruction set, each compiled from vocab.cpp in a namespace of its own: kernels
-// over n adjacent columns of one row.
-struct VocabKernels {
-  // Their state, but for the target.
-  RowState (*forward)(DType dtype, const void* logits, int64_t n, double temperature);
-  // `streaming`: dlogits are written past the caches.
-  void (*backward)(DType dtype, const void* logits, void* dlogits, int64_t n,
-                   const RowGradient& row, bool streaming);
-  void (*exp)(const float* x, float* out, int64_t n);
-  void (*exp_double)(const double* x, double* out, int64_t n);
-  void (*log_double)(const double* x, double* out, int64_t n);
-};
-
-namespace scalar {
-extern const VocabKernels kernels;
-}
-namespace avx2 {
-extern const VocabKernels kernels;
-}
-namespace avx512 {
-extern const VocabKernels kernels;
-}
-
 }  // namespace segk
