@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def check_rows(cu_seqlens: Tensor, n_tokens: int) -> None:
             f"{bounds[0]} to {bounds[-1]}; it must cover the stream exactly"
         )
     falls = bounds[1:] < bounds[:-1]
-    if falls.any():
+    if np.count_nonzero(falls):  # quicker than any()
         row = int(falls.argmax())
         raise ValueError(
             f"cu_seqlens: expected values that never decrease, got {bounds[row]} then "

@@ -152,8 +152,9 @@ void scatter_segment_rewards_fwd(Floats rewards, const bool* ends, const bool* m
       [&](auto r) {
         const Payment<decltype(r)> pay{r, flags_of(ends), flags_of(mask), credit, out};
         Scan<Pieces> pieces(kNoPieces);
-        for_each_row(rows, pay.mask, kQuickTokensPerTask, place,
-                     [&](const Row& row) { pay(row, pieces); });
+        for_each_row(
+            rows, pay.mask, kQuickTokensPerTask, place, [&](const Row& row) { pay(row, pieces); },
+            out);
       },
       rewards);
 }
@@ -165,8 +166,9 @@ void gae_fwd(Floats rewards, Floats values, const bool* mask, Rows rows, double 
       [&](auto r, auto v) {
         const Estimator estimate({gamma, gamma * lam}, r, v, actions, advantages, returns);
         Scan<Affine<double>> steps(kNoStep);
-        for_each_row(rows, actions, kQuickTokensPerTask, place,
-                     [&](const Row& row) { estimate(row, steps); });
+        for_each_row(
+            rows, actions, kQuickTokensPerTask, place,
+            [&](const Row& row) { estimate(row, steps); }, advantages, returns);
       },
       rewards, values);
 }
@@ -183,10 +185,12 @@ void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, F
         const Estimator estimate({gamma, gamma * lam}, net, v, actions, advantages, returns);
         Scan<Pieces> pieces(kNoPieces);
         Scan<Affine<double>> steps(kNoStep);
-        for_each_row(rows, actions, kQuickTokensPerTask, place, [&](const Row& row) {
+        const auto both = [&](const Row& row) {
           pay(row, pieces);
           estimate(row, steps);
-        });
+        };
+        for_each_row(rows, actions, kQuickTokensPerTask, place, both, advantages, returns,
+                     token_rewards, kl);
       },
       rewards, logprobs, ref_logprobs, values);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/flags.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "segk/place.h"
 #include "segk/rows.h"
@@ -19,6 +20,9 @@ namespace segk {
 constexpr int64_t kTokensPerTask = 32768;
 constexpr int64_t kQuickTokensPerTask = 65536;
 constexpr int64_t kBlock = 32768;  // marked tokens
+
+// Arrays of this many numbers may be new memory.
+constexpr int64_t kFetched = 262144;
 
 struct Row {
   int64_t index;
@@ -67,16 +71,26 @@ inline void cut(Flags marks, int64_t begin, int64_t end, std::vector<int64_t>& c
 
 }  // namespace detail
 
-// Calls body(row) once for each row; `marks` are the tokens that make a row giant.
-template <class Body>
-void for_each_row(Rows rows, Flags marks, int64_t tokens_per_task, Place place, const Body& body) {
+// Calls body(row) once for each row; `marks` are the tokens that make a row giant. `outs` are
+// arrays that body writes, whose memory is fetched some rows at a time.
+template <class Body, class... Out>
+void for_each_row(Rows rows, Flags marks, int64_t tokens_per_task, Place place, const Body& body,
+                  Out*... outs) {
   const int64_t tokens = std::max<int64_t>(rows.tokens(), 1);
   const int64_t grain = (tokens_per_task * rows.count + tokens - 1) / tokens;
+  const bool large = tokens >= kFetched;
   const auto range = [&](int64_t first, int64_t last) {
+    int64_t fetched = rows.begin(first);
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = rows.begin(i);
       const int64_t end = rows.end(i);
-      if (!detail::is_giant(marks, begin, end)) body(Row{i, begin, end, nullptr, place});
+      if (detail::is_giant(marks, begin, end)) continue;
+      if (large && end > fetched) {
+        const int64_t next = std::min(std::max(end, fetched + kFetched / 8), rows.begin(last));
+        (fetch_pages(outs + fetched, (next - fetched) * static_cast<int64_t>(sizeof *outs)), ...);
+        fetched = next;
+      }
+      body(Row{i, begin, end, nullptr, place});
     }
   };
   parallel_for(rows.count, grain, place, std::cref(range));

@@ -1,8 +1,5 @@
 // The vocabulary ops: rows of logits shared out to threads, in spans of columns.
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
+#include "segk/vocab.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,8 +8,8 @@
 #include <vector>
 
 #include "cpu/columns.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
-#include "segk/vocab.h"
 
 namespace segk {
 namespace {
@@ -122,29 +119,6 @@ void finish_row(const VocabRows& rows, int64_t row, const RowState* state, float
   if (!logprobs) return;
   const double logprob = (state->target - state->max) / temperature_of(rows, row) - log_sum;
   logprobs[row] = rows.targets[row] >= 0 ? static_cast<float>(logprob) : 0.0f;
-}
-
-// Gets memory that is about to be written from the system in one call, not in a fault for each
-// page, and says whether any of it had yet to come. A gradient's often has, and faults would take
-// longer than the whole backward pass.
-bool fetch_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  constexpr size_t kMost = 64;
-  unsigned char resident[kMost];
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) / page * page;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes);
-  const size_t pages = std::min((end - begin + page - 1) / page, kMost);
-  auto* first = reinterpret_cast<void*>(begin);
-  if (mincore(first, pages * page, resident) != 0) return false;
-  if (std::all_of(resident, resident + pages, [](unsigned char r) { return r & 1; })) return false;
-  // Where it is refused, the faults do it.
-  madvise(first, end - begin, MADV_POPULATE_WRITE);
-  return true;
-#else
-  (void)memory, (void)bytes;
-  return false;
-#endif
 }
 
 void fill_nan(DType dtype, void* out, int64_t n) {
