@@ -36,9 +36,9 @@ constexpr int64_t kGroup = kVectors * kLanes;
 // all columns: the rounding error of many thousands stays near that of a hundred.
 constexpr int64_t kBlock = 4;
 
-// How far the processor is told to fetch ahead. Its own prefetching ends at each page, and an exp
-// is too much work for the next page's loads to be seen in time.
-constexpr int kAhead = 2048;
+// Columns that the processor is told to fetch ahead. Its own prefetching ends at each page, and an
+// exp is too much work for the next page's loads to be seen in time.
+constexpr int64_t kAhead = 1024;
 
 constexpr float kLowest = -__FLT_MAX__;
 
@@ -278,7 +278,7 @@ void store_part(typename S::T* x, const Group& g, int64_t n) {
 
 template <class S>
 SEGK_INLINE void prefetch(const typename S::T* x) {
-  const auto ahead = reinterpret_cast<uintptr_t>(x) + kAhead;
+  const auto ahead = reinterpret_cast<uintptr_t>(x) + kAhead * sizeof *x;
   for (size_t i = 0; i < kGroup * sizeof *x; i += 64)
     __builtin_prefetch(reinterpret_cast<const void*>(ahead + i));
 }

@@ -1,0 +1,192 @@
+"""What bounds the ops on a processor: ``python benchmarks/bench_limits.py``, a minute.
+
+Each part takes an op apart, or runs it where one resource is not needed, with the alternatives in
+turn. The quickest call of many counts: what a machine can do, not what it does beside others.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import eager
+import shapes
+import torch
+
+import segkernels as sk
+from segkernels import native
+from segkernels.rewards import native_curve, packed_curve
+
+KEPT = {name: str(1 << 30) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
+
+
+def quickest(functions: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
+    """Seconds of each, in turn, every one after a call that is not timed."""
+    best = dict.fromkeys(functions, float("inf"))
+    for _ in range(rounds):
+        for name, function in functions.items():
+            function()
+            begin = time.perf_counter()
+            function()
+            best[name] = min(best[name], time.perf_counter() - begin)
+    return best
+
+
+def on_threads(count: int, function: Callable[[], object]) -> Callable[[], object]:
+    def run() -> None:
+        torch.set_num_threads(count)
+        function()
+
+    return run
+
+
+def entropy() -> None:
+    """From the second-level cache and from memory, in two widths: is it memory or arithmetic?"""
+    print("entropy_from_logits, the kernel on one thread: G elements/s")
+    calls, elements = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for place, bytes_ in (("1 MiB, in cache", 1 << 20), ("256 MiB", 1 << 28)):
+            count = bytes_ // dtype.itemsize // 32_768
+            logits = shapes.logits(count, 32_768, dtype, "cpu")
+            rows = native.extension.VocabRows(
+                *(native.floats(logits), count, 32_768, 1, 32_768, 0, 0, 0, 0, 1.0)
+            )
+            h, stats = torch.empty(count), torch.empty(count, 3)
+            name = f"{str(dtype)[6:]:9} {place}"
+            elements[name] = logits.numel()
+            # The default argument keeps the logits.
+            calls[name] = lambda rows=rows, h=h, stats=stats, logits=logits: (
+                native.extension.vocab_forward(rows, 0, 0, native.ptr(h), native.ptr(stats), 1)
+            )
+    for name, seconds in quickest(calls, 30).items():
+        print(f"  {name:26} {elements[name] / seconds / 1e9:6.2f}")
+
+
+def backward() -> None:
+    """Into memory that the system has yet to hand out, and over the logits."""
+    print("logprobs_and_entropy, forward + backward, 1,024 x 32,064 float32: ms")
+    logits = shapes.logits(1024, 32_064, torch.float32, "cpu").requires_grad_()
+    targets = shapes.targets(1024, 32_064, "cpu")
+
+    def both(inplace: bool) -> None:
+        # Not a leaf: its memory may become the gradient's.
+        x = logits.detach().requires_grad_().view_as(logits)
+        logprobs, h = sk.logprobs_and_entropy(x, targets, inplace_backward=inplace)
+        torch.autograd.grad((logprobs + h).sum(), x)
+
+    table(
+        {
+            "to new memory": lambda: both(False),
+            "over the logits": lambda: both(True),
+            "new memory, zeros alone": lambda: torch.zeros(logits.shape),
+        }
+    )
+
+
+def table(calls: dict[str, Callable[[], object]]) -> None:
+    """Of one thread and of two, milliseconds."""
+    runs = {
+        (name, count): on_threads(count, call) for name, call in calls.items() for count in (1, 2)
+    }
+    seconds = quickest(runs, 25)
+    for name in calls:
+        one, two = (seconds[name, count] * 1e3 for count in (1, 2))
+        print(f"  {name:26} {one:8.2f} {two:8.2f} on two threads, {one / two:.2f}x")
+
+
+def advantages() -> None:
+    """Its kernels and what stands around them."""
+    print("boundaries to advantages, 64 x 1,024, one thread: microseconds")
+    torch.set_num_threads(1)
+    fields = ("entropy", "rewards", "logprobs", "ref_logprobs", "values")
+    loop = eager.boundaries_to_advantages(eager.gae_over_time)
+
+    def stream(rows: int, tokens: int) -> dict[str, torch.Tensor]:
+        x = shapes.stream([tokens] * rows, "cpu").grid()
+        return {name: x[name] for name in (*fields, "mask")}
+
+    def ops(entropy, rewards, logprobs, ref_logprobs, values, mask):
+        ends = sk.segment_ends(entropy, mask, shapes.THRESHOLD)
+        return sk.segment_advantages(
+            *(rewards, ends, logprobs, ref_logprobs, values, mask), normalizer=shapes.NORMALIZER
+        )
+
+    def kernels(entropy, rewards, logprobs, ref_logprobs, values, mask):
+        rows, ends = native.rows(rewards, None), torch.empty_like(mask)
+        curve = packed_curve(shapes.NORMALIZER)
+        outputs = [torch.empty_like(rewards) for _ in range(4)]
+
+        def run() -> None:
+            native.extension.segment_ends(
+                native.floats(entropy),
+                native.ptr(mask),
+                rows,
+                shapes.THRESHOLD,
+                False,
+                0,
+                True,
+                native.ptr(ends),
+                1,
+            )
+            native.extension.segment_advantages_fwd(
+                native.floats(rewards),
+                native.ptr(ends),
+                native.floats(logprobs),
+                native.floats(ref_logprobs),
+                native.floats(values),
+                native.ptr(mask),
+                rows,
+                native_curve(curve),
+                *(0, False, 10.0, 0.01, 1.0, 0.95),
+                *map(native.ptr, outputs),
+                1,
+            )
+
+        return run
+
+    large, small = stream(64, 1024), stream(1, 8)
+    seconds = quickest(
+        {
+            "the two ops": lambda: ops(**large),
+            "their kernels alone": kernels(**large),
+            "the ops on 8 tokens": lambda: ops(**small),
+            "eager, GAE loops over time": lambda: loop(**large),
+        },
+        200,
+    )
+    for name, t in seconds.items():
+        print(f"  {name:26} {t * 1e6:10.1f}")
+
+
+def outputs() -> None:
+    x = shapes.stream([1024] * 1024, "cpu").grid()
+    args = [x[n] for n in ("rewards", "ends", "logprobs", "ref_logprobs", "values", "mask")]
+    run = functools.partial(sk.segment_advantages, *args, normalizer=shapes.NORMALIZER)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    table({f"{pages:,} new pages": run})
+
+
+def main() -> None:
+    if sys.argv[1:] == ["outputs"]:
+        outputs()
+        return
+    print(native.extension.build_info())
+    entropy()
+    backward()
+    advantages()
+    print("segment_advantages, 1,024 x 1,024, as malloc is and made to keep memory: ms", flush=True)
+    for environment in ({}, KEPT):
+        here = [sys.executable, __file__, "outputs"]
+        subprocess.run(here, env={**os.environ, **environment}, check=True)
+
+
+if __name__ == "__main__":
+    main()
