@@ -89,6 +89,20 @@ def backward() -> None:
     )
 
 
+def linear() -> None:
+    """Beside the product that it cannot do without."""
+    print("linear_logprobs_and_entropy, forward, 256 x 1,024 x 32,000 float32: ms")
+    g = shapes.generator("cpu")
+    hidden, weight = (torch.randn(n, 1024, generator=g) for n in (256, 32_000))
+    targets, out = shapes.targets(256, 32_000, "cpu"), torch.empty(256, 32_000)
+    table(
+        {
+            "one bare product": lambda: torch.mm(hidden, weight.t(), out=out),
+            "the op": lambda: sk.linear_logprobs_and_entropy(hidden, weight, targets),
+        }
+    )
+
+
 def table(calls: dict[str, Callable[[], object]]) -> None:
     """Of one thread and of two, milliseconds."""
     runs = {
@@ -181,6 +195,7 @@ def main() -> None:
     print(native.extension.build_info())
     entropy()
     backward()
+    linear()
     advantages()
     print("segment_advantages, 1,024 x 1,024, as malloc is and made to keep memory: ms", flush=True)
     for environment in ({}, KEPT):
