@@ -11,13 +11,13 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import eager
 import shapes
 import torch
+from harness import Alternation, Timed, on_threads
 
 import segkernels as sk
 from segkernels import native
@@ -26,24 +26,12 @@ from segkernels.rewards import native_curve, packed_curve
 KEPT = {name: str(1 << 30) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
 
 
-def quickest(functions: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
-    """Seconds of each, in turn, every one after a call that is not timed."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(rounds):
-        for name, function in functions.items():
-            function()
-            begin = time.perf_counter()
-            function()
-            best[name] = min(best[name], time.perf_counter() - begin)
-    return best
-
-
-def on_threads(count: int, function: Callable[[], object]) -> Callable[[], object]:
-    def run() -> None:
-        torch.set_num_threads(count)
-        function()
-
-    return run
+def quickest(functions: dict[Any, Callable[[], object]], seconds: float = 1.0) -> dict[Any, float]:
+    """Seconds of each, in turn."""
+    alternation = Alternation({name: Timed(f) for name, f in functions.items()}, seconds=seconds)
+    for _ in range(alternation.rounds):
+        alternation.round()
+    return {name: min(samples) for name, samples in alternation.samples.items()}
 
 
 def entropy() -> None:
@@ -64,7 +52,7 @@ def entropy() -> None:
             calls[name] = lambda rows=rows, h=h, stats=stats, logits=logits: (
                 native.extension.vocab_forward(rows, 0, 0, native.ptr(h), native.ptr(stats), 1)
             )
-    for name, seconds in quickest(calls, 30).items():
+    for name, seconds in quickest(calls).items():
         print(f"  {name:26} {elements[name] / seconds / 1e9:6.2f}")
 
 
@@ -108,7 +96,7 @@ def table(calls: dict[str, Callable[[], object]]) -> None:
     runs = {
         (name, count): on_threads(count, call) for name, call in calls.items() for count in (1, 2)
     }
-    seconds = quickest(runs, 25)
+    seconds = quickest(runs)
     for name in calls:
         one, two = (seconds[name, count] * 1e3 for count in (1, 2))
         print(f"  {name:26} {one:8.2f} {two:8.2f} on two threads, {one / two:.2f}x")
@@ -171,8 +159,7 @@ def advantages() -> None:
             "their kernels alone": kernels(**large),
             "the ops on 8 tokens": lambda: ops(**small),
             "eager, GAE loops over time": lambda: loop(**large),
-        },
-        200,
+        }
     )
     for name, t in seconds.items():
         print(f"  {name:26} {t * 1e6:10.1f}")

@@ -8,15 +8,7 @@ import torch
 from bench_linear import linear
 from bench_sequence import boundaries_to_advantages
 from bench_token_stats import entropy, logprobs_and_entropy
-from harness import OURS, Case, Forward
-
-
-def _threads(forward: Forward, count: int) -> Forward:
-    def run(**inputs):
-        torch.set_num_threads(count)
-        return forward(**inputs)
-
-    return run
+from harness import OURS, Case, on_threads
 
 
 def by_threads(case: Case, axis: str, x: int) -> Case:
@@ -24,7 +16,7 @@ def by_threads(case: Case, axis: str, x: int) -> Case:
     ours = case.contenders[OURS]
     assert callable(ours)
     case.contenders = {
-        f"{OURS}, {count} thread{'s' * (count > 1)}": _threads(ours, count)
+        f"{OURS}, {count} thread{'s' * (count > 1)}": on_threads(count, ours)
         for count in sorted({1, torch.get_num_threads()})
     }
     case.yardstick = None

@@ -184,6 +184,16 @@ def wall_clock(run: Callable[[], Any], repeats: int) -> float:
     return time.perf_counter() - begin
 
 
+def on_threads(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with as many threads as ``count``, torch's and ours."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        torch.set_num_threads(count)
+        return function(*args, **kwargs)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Timed:
     """What the clock runs, and how many calls of the op that is."""

@@ -37,12 +37,19 @@ inline double keep(uint8_t flag, double value) {
 
 namespace detail {
 
+constexpr uint64_t kOfEachByte = 0x0101010101010101;
+
+inline uint64_t eight_bytes(const uint8_t* bytes) {
+  uint64_t word;
+  std::memcpy(&word, bytes, sizeof word);
+  return word;
+}
+
 // Flags of tokens t to t + 8 as the bytes of a word, 0 or 1, the first in the lowest.
 inline uint64_t eight(Flags flags, int64_t t) {
-  uint64_t word;
-  std::memcpy(&word, flags.data + t, sizeof word);
+  uint64_t word = eight_bytes(flags.data + t);
   for (const int shift : {4, 2, 1}) word |= word >> shift;
-  word &= 0x0101010101010101;
+  word &= kOfEachByte;
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
   word = __builtin_bswap64(word);
 #endif
@@ -96,7 +103,7 @@ int64_t last_true(int64_t begin, int64_t end, All... flags) {
 // The first token of the run of true ones that ends before `end`, or `end`.
 inline int64_t run_true(int64_t begin, int64_t end, Flags flags) {
   int64_t t = end;
-  while (t - begin >= 8 && detail::eight(flags, t - 8) == 0x0101010101010101) t -= 8;
+  while (t - begin >= 8 && detail::eight(flags, t - 8) == detail::kOfEachByte) t -= 8;
   while (t > begin && flags[t - 1]) --t;
   return t;
 }

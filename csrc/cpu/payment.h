@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/blocks.h"
 #include "cpu/elementary.h"
@@ -19,8 +18,6 @@ namespace segk {
 namespace detail {
 
 #if defined(__AVX2__)
-constexpr uint64_t kOfEachByte = 0x0101010101010101;
-
 // The lanes of the bits that are set in each byte, in the bytes of a word.
 struct SetLanes {
   uint64_t of[256] = {};
@@ -37,12 +34,6 @@ struct SetLanes {
 
 inline __m256i widened(uint64_t bytes) {
   return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
-}
-
-inline uint64_t eight_bytes(const uint8_t* bytes) {
-  uint64_t word;
-  std::memcpy(&word, bytes, sizeof word);
-  return word;
 }
 
 template <class Rewards>
