@@ -67,12 +67,12 @@ def _link_names(app, doctree, docname: str) -> None:
     """Makes ``gae`` in a page or docstring a link to where it is described."""
     found = {}
     for full, entry in app.env.domains["py"].objects.items():
-        package, _, _ = full.partition(".")
-        short = full.rpartition(".")[2]
-        if entry.objtype == "class" or (package == "segkernels" and entry.objtype == "function"):
-            found[short] = entry
-        if entry.objtype in ("class", "exception", "function", "module"):
-            found[full] = entry
+        package, *rooms, name = full.split(".")
+        # Alone, names of other functions would be taken for other people's, as generate.
+        if entry.objtype == "class" or (entry.objtype == "function" and package == "segkernels"):
+            found[name] = entry
+        for first in range(len(rooms) + 1):
+            found[".".join([*[package, *rooms][first:], name])] = entry
     for literal in list(doctree.findall(nodes.literal)):
         entry = found.get(literal.astext())
         if entry is not None and not isinstance(literal.parent, nodes.reference):
