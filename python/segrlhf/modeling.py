@@ -30,9 +30,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 import segkernels
+from segkernels import ScalarNormalizer, normalizer_from_dict, objective
 from segkernels.layout import values_may_be_checked
-from segkernels.normalizer import ScalarNormalizer, normalizer_from_dict
-from segkernels.reference import linear_policy as definition
 
 from .configs import AdaptedModelConfig, ModelConfig
 from .data import check_eos
@@ -641,8 +640,8 @@ def _policy_diagnostics(
 ) -> tuple[Tensor, Tensor]:
     """(clip_fraction, approx_kl): means over the mask, without waiting for a GPU."""
     n = mask.sum().clamp(min=1)
-    held = definition.clipped(logprobs, old_logprobs, advantages, clip) & mask
-    half_squares = definition.squared_log_ratio(logprobs, old_logprobs)
+    held = objective.clipped(logprobs, old_logprobs, advantages, clip) & mask
+    half_squares = objective.squared_log_ratio(logprobs, old_logprobs)
     return held.sum() / n, half_squares.where(mask, 0.0).sum() / n
 
 
