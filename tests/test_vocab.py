@@ -13,7 +13,7 @@ from test_token_stats import STORAGE, draw, generator, run
 from tolerance import assert_close
 
 from segkernels import vocab
-from segkernels.backend import BackendError, choose, explain
+from segkernels.backend import BackendError, choose, explain, row_kernels
 
 INF = float("inf")
 kernels_of = pytest.mark.parametrize("backend", [NATIVE, *TRITON])
@@ -31,7 +31,7 @@ def whole(backend, logits, targets, temperature=1.0, temperatures=None, mask=Non
     logits, targets, temperatures, mask = backend.place(logits, targets, temperatures, mask)
     out = outputs(logits)
     rows = vocab.Rows(logits, targets, temperature, temperatures)
-    vocab.kernels(backend).forward(rows, mask, *out)
+    row_kernels(backend).forward(rows, mask, *out)
     return [x.cpu() for x in out]
 
 
@@ -40,14 +40,14 @@ def gradient(backend, logits, targets, stats, up, **how):
     logits, targets, stats, *up = backend.place(logits.clone(), targets, stats, *up)
     dlogits = logits if how.pop("in_place", False) else torch.empty_like(logits)
     rows = vocab.Rows(logits, targets, 1.0, **how)
-    vocab.kernels(backend).backward(rows, stats, *up, dlogits)
+    row_kernels(backend).backward(rows, stats, *up, dlogits)
     return dlogits.cpu()
 
 
 def sliced(backend, logits, targets, widths, temperatures, mask):
     """The same as ``whole``, one slice of columns after another."""
     logits, targets, temperatures, mask = backend.place(logits, targets, temperatures, mask)
-    kernels = vocab.kernels(backend)
+    kernels = row_kernels(backend)
     states = torch.full((logits.shape[0], 4), float("nan"), dtype=torch.float64)
     states = states.to(logits.device)
     first = 0
@@ -146,7 +146,7 @@ def test_strided_rows_have_the_gradient_of_contiguous_ones(backend):
     view, *rest = backend.place(grid[:, :-1], targets, stats, *up)
     dlogits = torch.empty_like(backend.place(logits)[0])
     rows = vocab.Rows(view, rest[0], 1.0)
-    vocab.kernels(backend).backward(rows, *rest[1:], dlogits)
+    row_kernels(backend).backward(rows, *rest[1:], dlogits)
     assert torch.equal(dlogits.cpu(), expected)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from segkernels.normalizer import LocationFit, Normalizer, ScalarNormalizer, fit_location
+from segkernels import LocationFit, Normalizer, ScalarNormalizer, fit_location
 
 from . import report
 from .configs import DataConfig

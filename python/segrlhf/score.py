@@ -14,8 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from segkernels import segment_scores
-from segkernels.normalizer import segment_positions
+from segkernels import segment_positions, segment_scores
 
 from . import report
 from .configs import DataConfig

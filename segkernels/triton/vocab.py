@@ -406,7 +406,7 @@ def _launch(kernel: Any, programs: int, like: Tensor, **arguments: Any) -> None:
 def forward(
     rows: Rows, mask: Tensor | None, logprobs: Tensor | None, entropy: Tensor, stats: Tensor
 ) -> None:
-    """See ``segkernels.native_vocab``."""
+    """See ``segkernels.native.vocab``."""
     span, spans = _spans(rows)
     states = native.empty(rows.logits, rows.count, spans, 4, dtype=torch.float64)
     _accumulate(rows, mask, states, span, spans)
@@ -414,7 +414,7 @@ def forward(
 
 
 def accumulate(rows: Rows, mask: Tensor | None, states: Tensor) -> None:
-    """See ``segkernels.native_vocab``."""
+    """See ``segkernels.native.vocab``."""
     _accumulate(rows, mask, states, rows.logits.shape[-1], 1)
 
 
@@ -442,7 +442,7 @@ def finish(
     entropy: Tensor,
     stats: Tensor,
 ) -> None:
-    """See ``segkernels.native_vocab``."""
+    """See ``segkernels.native.vocab``."""
     _finish(rows, mask, states, logprobs, entropy, stats, 1)
 
 
@@ -479,7 +479,7 @@ def backward(
     dentropy: Tensor | None,
     dlogits: Tensor,
 ) -> None:
-    """See ``segkernels.native_vocab``."""
+    """See ``segkernels.native.vocab``."""
     span, spans = _spans(rows)
     _launch(
         backward_kernel,

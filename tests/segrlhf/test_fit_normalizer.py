@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from segkernels import LocationNormalizer, ScalarNormalizer, TableNormalizer
-from segkernels.normalizer import fit_location
+from segkernels import LocationNormalizer, ScalarNormalizer, TableNormalizer, fit_location
 from segrlhf import cli, entropy_cache, fit_normalizer, score
 from segrlhf.configs import DataConfig
 from segrlhf.entropy_cache import EntropyCache

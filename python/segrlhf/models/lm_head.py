@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import segkernels
+from segkernels import objective
 from segkernels.layout import values_may_be_checked
-from segkernels.reference import linear_policy as definition
 
 if TYPE_CHECKING:
     from segkernels.ppo_loss import Aggregation
@@ -132,8 +132,8 @@ def _policy_diagnostics(
 ) -> tuple[Tensor, Tensor]:
     """(clip_fraction, approx_kl): means over the mask, without waiting for a GPU."""
     n = mask.sum().clamp(min=1)
-    held = definition.clipped(logprobs, old_logprobs, advantages, clip) & mask
-    half_squares = definition.squared_log_ratio(logprobs, old_logprobs)
+    held = objective.clipped(logprobs, old_logprobs, advantages, clip) & mask
+    half_squares = objective.squared_log_ratio(logprobs, old_logprobs)
     return held.sum() / n, half_squares.where(mask, 0.0).sum() / n
 
 

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file, logging
 
 import segkernels
-from segkernels.normalizer import ScalarNormalizer, normalizer_from_dict
+from segkernels import ScalarNormalizer, normalizer_from_dict
 
 from ..errors import UserError
 from .lm_head import positions

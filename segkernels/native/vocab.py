@@ -1,4 +1,4 @@
-"""The kernels of ``segkernels.vocab`` in the compiled extension."""
+"""The four kernels over ``segkernels.vocab.Rows`` in the compiled extension."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from . import native
-from .vocab import Rows
+from .. import native
+from ..vocab import Rows
 
 
-def _crossing(rows: Rows) -> Any:
+def _vocab_rows(rows: Rows) -> Any:
     """What the extension takes for rows; their tensors must outlive it."""
     inner, outer_stride, inner_stride = rows.strides
     return native.extension.VocabRows(
@@ -32,7 +32,7 @@ def forward(
 ) -> None:
     """Fills logprobs [R] (None without targets), entropy [R] and stats [R, 3], all float32."""
     native.extension.vocab_forward(
-        _crossing(rows),
+        _vocab_rows(rows),
         native.ptr(mask),
         native.ptr(logprobs),
         native.ptr(entropy),
@@ -44,7 +44,7 @@ def forward(
 def accumulate(rows: Rows, mask: Tensor | None, states: Tensor) -> None:
     """Takes the columns of ``rows`` into states [R, 4] float64; those with first = 0 start them."""
     native.extension.vocab_accumulate(
-        _crossing(rows), native.ptr(mask), native.ptr(states), native.threads()
+        _vocab_rows(rows), native.ptr(mask), native.ptr(states), native.threads()
     )
 
 
@@ -58,7 +58,7 @@ def finish(
 ) -> None:
     """What ``forward`` fills, from states that have seen every column."""
     native.extension.vocab_finish(
-        _crossing(rows),
+        _vocab_rows(rows),
         native.ptr(mask),
         native.ptr(states),
         native.ptr(logprobs),
@@ -77,7 +77,7 @@ def backward(
 ) -> None:
     """Fills dlogits [R, V], contiguous and of the logits' dtype; may be contiguous logits."""
     native.extension.vocab_backward(
-        _crossing(rows),
+        _vocab_rows(rows),
         native.ptr(stats),
         native.ptr(dlogprobs),
         native.ptr(dentropy),

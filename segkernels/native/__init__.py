@@ -1,9 +1,10 @@
-"""Loads the compiled extension and turns tensors into what crosses its boundary.
+"""The compiled extension: loads it, and turns tensors into what crosses its boundary.
 
 The extension knows nothing of torch: pointers, sizes and dtype codes go in, memory that the caller
 allocated is filled. It has a module for every instruction set of CPUs, of which the best that the
 processor has is used (SEGKERNELS_ISA forces one), and, where it was built with nvcc, one for NVIDIA
-GPUs with the same sequence ops.
+GPUs with the same sequence ops. The files beside this one hold an op each: the custom operators
+that call the kernels, their fakes and their autograd formulas.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import check_rows
+from ..layout import check_rows
 
 
 def _load(name: str) -> tuple[Any, str]:
     """(module, ""), or (None, why there is none)."""
     try:
-        return importlib.import_module(f".{name}", __package__), ""
+        return importlib.import_module(f"..{name}", __package__), ""
     except ImportError as error:
         return None, str(error)
 
@@ -106,7 +107,7 @@ def kernels(tensor: Tensor) -> Any:
     return cuda_extension if tensor.is_cuda else extension
 
 
-def place(tensor: Tensor) -> int:
+def threads_or_stream(tensor: Tensor) -> int:
     """The last argument of every sequence kernel: the number of threads, or the current stream."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else threads()
 
