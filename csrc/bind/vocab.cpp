@@ -1,5 +1,6 @@
-#include "bind.h"
 #include "segk/vocab.h"
+
+#include "bind/bind.h"
 
 namespace py = pybind11;
 using namespace py::literals;

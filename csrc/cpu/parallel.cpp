@@ -1,4 +1,5 @@
-// The thread pool.
+#include "cpu/parallel.h"
+
 #include <pthread.h>
 
 #include <algorithm>
@@ -8,8 +9,6 @@
 #include <mutex>
 #include <thread>
 #include <vector>
-
-#include "cpu/parallel.h"
 
 namespace segk {
 namespace {

@@ -1,31 +1,26 @@
-// The CPU modules, one for each instruction set. Only this file and the bind_*.cpp beside it know
-// Python.
+// The CPU modules, one for each instruction set.
 #include <pybind11/pybind11.h>
 
 #include <string>
 #include <tuple>
 
+#include "bind/bind.h"
+#include "segk/gae.h"
 #include "segk/isa.h"
-#include "segk/operators.h"
+#include "segk/moments.h"
 
 namespace py = pybind11;
-
-void bind_segments(py::module_& m);
-void bind_advantages(py::module_& m);
-void bind_normalizer(py::module_& m);
-void bind_vocab(py::module_& m);
 
 PYBIND11_MODULE(SEGK_MODULE, m) {
   m.doc() = "Compiled kernels of segkernels: addresses, sizes and dtype codes in, memory filled.";
   m.def("build_info", [] { return std::string("isa ") + segk::isa_name(); });
   m.def("chosen_isa", segk::chosen_isa);
   m.attr("SCRATCH_BYTES") = 0;
-  bind_segments(m);
-  bind_advantages(m);
+  bind_sequence_ops(m);
   bind_normalizer(m);
   bind_vocab(m);
 
-  // One combine each, so that the tests can run the scans in tree order too.
+  // The scans' operators, so that tests can combine in any order.
   m.def("combine_affine", [](std::tuple<float, float> outer, std::tuple<float, float> inner) {
     const auto [scale, shift] =
         combine(segk::Affine<float>{std::get<0>(outer), std::get<1>(outer)},
