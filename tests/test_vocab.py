@@ -156,7 +156,7 @@ def test_gradients_in_rows_with_padding(backend, dtype):
     targets, stats, *up = backend.place(targets, stats, *up)
 
     def check(x, dlogits):
-        vocab.kernels(backend).backward(vocab.Rows(x, targets, 1.0), stats, *up, dlogits)
+        row_kernels(backend).backward(vocab.Rows(x, targets, 1.0), stats, *up, dlogits)
         assert torch.equal(dlogits.cpu(), expected)
         memory = dlogits.fill_(7.0).new_empty(0).set_(dlogits.untyped_storage())
         assert memory.eq(7.0).all()
@@ -177,7 +177,7 @@ def test_gradients_at_two_distances(backend):
         torch.ones(4),
     )
     with pytest.raises(ValueError, match=r"equally far apart, got strides \(24, 8, 1\) of shape"):
-        vocab.kernels(backend).backward(vocab.Rows(x, targets, 1.0), stats, up, up, x)
+        row_kernels(backend).backward(vocab.Rows(x, targets, 1.0), stats, up, up, x)
 
 
 @in_triton
@@ -187,7 +187,7 @@ def test_gradients_at_two_distances(backend):
 def test_any_configuration(backend, config):
     """What benchmarks may try gives the same results but for rounding."""
     logits, targets = draw(3, 9001, torch.bfloat16)
-    kernels = vocab.kernels(backend)
+    kernels = row_kernels(backend)
     config = kernels.Config(**config)
     expected = whole(backend, logits, targets)
     up = torch.randn(2, 3, generator=generator(1))
