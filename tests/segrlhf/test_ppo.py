@@ -11,16 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from segkernels import LocationNormalizer, segment_scores
-from segrlhf import presets
+from segkernels import LocationNormalizer, scatter_segment_rewards, segment_scores
+from segrlhf import cli, presets
 from segrlhf.configs import DataConfig, ModelConfig
 from segrlhf.errors import NonFiniteError, UserError
 from segrlhf.models import lm_head
@@ -30,7 +31,8 @@ from segrlhf.ppo import checkpoint
 from segrlhf.ppo import trainer as trainer_module
 from segrlhf.ppo.config import PPOConfig
 from segrlhf.ppo.experience import apply_reward_rules, build_normalizer, make_experience
-from segrlhf.ppo.models import state_values
+from segrlhf.ppo.models import PolicyAndValue, state_values
+from segrlhf.ppo.optimization import make_optimizer, make_schedule
 from segrlhf.ppo.rollout import Rollout, prompt_of
 from segrlhf.ppo.run import run
 from segrlhf.ppo.trainer import PPOTrainer
@@ -498,6 +500,26 @@ def test_final_credit_pays_the_mean_of_the_segments_at_the_last_token(tmp_path):
     assert paid.count_nonzero() == 3
 
 
+def test_token_mean_divides_by_the_length_of_the_response(tmp_path):
+    rollout, mask = one_rollout(), one_rollout().action_mask
+    rewards = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    normalizer = LocationNormalizer(0.1, 0.2, 0.3, 1.5)
+    flags = {"reward_reduction": "token-mean", "normalizer": "none"}
+    config = make_config(tmp_path, reward_clip=1e3, **flags)
+    for ends in (SEGMENT_ENDS, mask):
+        paid, paid_ends, credit = apply_reward_rules(config, rewards, ends, rollout, normalizer)
+        assert torch.equal(paid_ends, mask)
+        summed = scatter_segment_rewards(
+            rewards, ends, mask, normalizer=normalizer, reduction="sum", clip=1e3
+        )
+        torch.testing.assert_close(paid, summed / torch.tensor([[4.0], [3.0], [2.0]]))
+        as_paid = scatter_segment_rewards(paid, paid_ends, mask, **credit)
+        torch.testing.assert_close(as_paid, paid)
+    clipped = make_config(tmp_path, reward_clip=0.1, **flags)
+    found, _, _ = apply_reward_rules(clipped, rewards, mask, rollout, normalizer)
+    torch.testing.assert_close(found, paid.clamp(-0.1, 0.1))
+
+
 def test_rules_for_overlong_and_unfinished_responses(tmp_path):
     rollout = one_rollout()
     rewards, ends = torch.ones(3, 6), rollout.action_mask
@@ -570,6 +592,16 @@ def test_normalizer_choices(rm, lm, tmp_path):
         ({"normalizer": "line"}, "normalizer_line: expected 4 numbers with --normalizer line"),
         ({"normalizer_scalar": [0.0, 1.0]}, "normalizer_scalar: expected 2 numbers with"),
         ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected one of .*, got 'sine'"),
+        (
+            {"lr_scheduler_kwargs": "[1]"},
+            r"lr_scheduler_kwargs: expected a json object .*, got \[1\]",
+        ),
+        ({"lr_scheduler_kwargs": "{"}, "lr_scheduler_kwargs: expected a json object .*, got {"),
+        (
+            {"lr_scheduler_kwargs": {"min_lr": 1e-7}},
+            "lr_scheduler_kwargs: expected min_lr_rate, .*, got min_lr 1e-07; give min_lr_rate",
+        ),
+        ({"warmup_steps": -1}, "warmup_steps: expected at least 0, got -1"),
     ],
 )
 def test_bad_flags(tmp_path, changes, message):
@@ -616,6 +648,57 @@ def test_disk_full_keeps_earlier_checkpoints(lm, rm, tmp_path, monkeypatch):
     monkeypatch.undo()
     resumed = make_trainer(lm, rm, tmp_path, save_steps=1, resume_from_checkpoint="true")
     assert len(resumed.train()) == 4
+
+
+SCHEDULES = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {"timescale": 3},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 5},
+}
+
+
+@pytest.mark.parametrize("name", get_args(get_type_hints(PPOConfig)["lr_scheduler_type"]))
+def test_both_learning_rates_follow_transformers_schedule(tmp_path, name):
+    """Whatever update is asked for first: a resumed run continues it."""
+    config = make_config(
+        tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs=SCHEDULES[name], warmup_steps=0.15
+    )
+    models = PolicyAndValue(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    rates = make_schedule(config, make_optimizer(config, models), 20)
+    optimizer = make_optimizer(config, models)
+    theirs = get_scheduler(name, optimizer, 3, 20, SCHEDULES[name])
+    expected = []
+    for _ in range(20):
+        expected.append(theirs.get_last_lr())
+        optimizer.step()
+        theirs.step()
+    for update in (7, *range(20)):
+        assert rates(update) == expected[update]
+
+
+def test_published_schedule_of_the_command_line(tmp_path, lm, rm, prompts):
+    flags = {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}',
+        "warmup_steps": 0.03,
+    }
+    words = command(lm, rm, prompts, tmp_path / "out", **flags)
+    _, _, config = cli.parse("ppo", words[words.index("ppo") + 1 :])
+    models = PolicyAndValue(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    rates = make_schedule(config, make_optimizer(config, models), 100)
+    assert [rates(update)[0] for update in (0, 3)] == [0.0, config.learning_rate]
+    assert rates(100) == pytest.approx(
+        [0.1 * config.learning_rate, 0.1 * config.value_learning_rate]
+    )
+    config.lr_scheduler_kwargs = {"power": 2}
+    with pytest.raises(UserError, match=r"lr_scheduler_kwargs: expected what .*min_lr takes, got"):
+        make_schedule(config, make_optimizer(config, models), 100)
 
 
 def arguments(lm, rm, prompts, out, **changes):

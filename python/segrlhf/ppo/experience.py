@@ -109,7 +109,7 @@ def apply_reward_rules(
     rewards, each of which is then a segment that is paid as it stands.
     """
     mask, clip = rollout.action_mask, config.reward_clip
-    final = config.reward_credit == "final"
+    final, by_length = config.reward_credit == "final", config.reward_reduction == "token-mean"
     penalty, limit = config.missing_eos_penalty, config.overlong_tokens
     credit = {
         "normalizer": normalizer,
@@ -117,15 +117,19 @@ def apply_reward_rules(
         "reduction": config.reward_reduction,
         "clip": clip,
     }
-    if not final and penalty is None and limit is None:
+    if not final and not by_length and penalty is None and limit is None:
         return rewards, ends, credit
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     lengths = mask.sum(1, keepdim=True)
     if final:
         credit |= {"spread": "last", "reduction": "mean", "clip": math.inf}
+    elif by_length:
+        credit |= {"reduction": "sum", "clip": math.inf}
     paid = scatter_segment_rewards(rewards, ends, mask, **credit)
     if final:
         paid = torch.where(last, paid.sum(1, keepdim=True).clamp(-clip, clip), 0.0)
+    elif by_length:
+        paid = (paid / lengths.clamp(min=1)).clamp(-clip, clip)
     if penalty is not None:
         paid = paid - penalty * (last & ~rollout.terminated[:, None])
     if limit is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from transformers import get_scheduler
 
+from ..errors import UserError
 from .config import PPOConfig
 from .models import PolicyAndValue
 
@@ -30,13 +31,22 @@ def make_schedule(
 ) -> Callable[[int], list[float]]:
     """Learning rates of the optimizer's groups by update, transformers' schedule over each.
 
-    All schedules are functions of the update alone, so that there is no state to save.
+    All schedules are functions of the update alone, so that there is no state to save. Raises
+    UserError for ``lr_scheduler_kwargs`` that the schedule does not take.
     """
-    scheduler = get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=math.ceil(config.warmup_ratio * n_updates),
-        num_training_steps=n_updates,
-    )
+    warmup = config.warmup_steps
+    try:
+        scheduler = get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * n_updates),
+            num_training_steps=n_updates,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"lr_scheduler_kwargs: expected what transformers' {config.lr_scheduler_type} takes, "
+            f"got {config.lr_scheduler_kwargs}: {error}"
+        ) from error
     groups = list(zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True))
     return lambda update: [rate * factor(update) for rate, factor in groups]
