@@ -28,7 +28,7 @@ from segkernels import segment_bradley_terry
 
 from . import data as pair_data
 from . import files, modeling, segmenter
-from .configs import AdaptedModelConfig, DataConfig
+from .configs import AdaptedModelConfig, DataConfig, flag
 from .errors import NonFiniteError, UserError
 
 RUN_FILE = "reward_run.json"  # beside the final model: how its data was tokenized and scored
@@ -44,11 +44,10 @@ class RewardConfig(TrainingArguments):
     granularity: Literal["segment", "token", "bandit"] = field(
         default="segment", metadata={"help": "What gets one reward."}
     )
-    entropy_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Segments only: a token whose entropy exceeds this many nats starts a segment."
-        },
+    entropy_threshold: float | None = flag(
+        None,
+        "Segments only: a token whose entropy exceeds this many nats starts a segment.",
+        depends_on=("granularity",),
     )
     entropy_model: str | None = field(
         default=None,
