@@ -26,26 +26,28 @@ class Command:
 _MODEL, _DATA = "configs:ModelConfig", "configs:DataConfig"
 COMMANDS = {
     "segment": Command(
-        "segmenter",
-        (_MODEL, _DATA, "segmenter:SegmentConfig"),
+        "segment",
+        (_MODEL, _DATA, "segment:SegmentConfig"),
         "entropies of a frozen LM over pairs, once; segments per response for several thresholds",
     ),
     "reward": Command(
-        "reward_trainer",
-        ("configs:AdaptedModelConfig", _DATA, "reward_trainer:RewardConfig"),
+        "reward.run",
+        ("configs:AdaptedModelConfig", _DATA, "reward.config:RewardConfig"),
         "train a bandit, token or segment reward model from preference pairs",
     ),
     "fit-normalizer": Command(
-        "normalizer_fit",
-        (_DATA, "normalizer_fit:FitConfig"),
+        "fit_normalizer",
+        (_DATA, "fit_normalizer:FitConfig"),
         "fit mean and std of a reward model's rewards over position",
     ),
     "ppo": Command(
-        "ppo", (_MODEL, _DATA, "ppo:PPOConfig"), "train a policy with the reward model by PPO"
+        "ppo.run",
+        (_MODEL, _DATA, "ppo.config:PPOConfig"),
+        "train a policy with the reward model by PPO",
     ),
     "score": Command(
-        "evaluate",
-        (_DATA, "evaluate:ScoreConfig"),
+        "score",
+        (_DATA, "score:ScoreConfig"),
         "score responses, segment by segment, to jsonl or a coloured html page",
     ),
     "demo": Command(
@@ -149,7 +151,7 @@ _ABSENT = object()
 
 def _given(parser: Any, words: list[str]) -> dict[str, Any]:
     """The values of the flags that stand among ``words``, and of no others."""
-    known = {action.dest for action in parser._actions}
+    known = [action.dest for action in parser._actions]
     # argparse gives a default only to what is not there yet.
     namespace, unknown = parser.parse_known_args(
         words, argparse.Namespace(**dict.fromkeys(known, _ABSENT))
@@ -161,7 +163,7 @@ def _given(parser: Any, words: list[str]) -> dict[str, Any]:
 
 def _listed(parser: Any, mapping: dict[str, Any], source: str) -> dict[str, Any]:
     """The values of a mapping, read as command-line words, so that one parser checks everything."""
-    known = {action.dest for action in parser._actions}
+    known = [action.dest for action in parser._actions]
     words: list[str] = []
     missing: dict[str, Any] = {}
     for key, value in mapping.items():
@@ -183,8 +185,9 @@ def _over(parser: Any, upper: dict[str, Any], lower: dict[str, Any], source: str
     """``upper`` over ``lower``, without what ``lower`` chose for a value that lost."""
     needs = {a.dest: a.needs for a in parser._actions if isinstance(a, Flag)}
     kept = {flag: value for flag, value in lower.items() if flag not in upper}
-    for lost in lower.keys() & upper.keys():
-        if isinstance(lower[lost], Missing) or lower[lost] == upper[lost]:
+    for lost in upper:
+        old = lower.get(lost, upper[lost])
+        if isinstance(old, Missing) or old == upper[lost]:
             continue
         gone = [lost]
         for flag in gone:  # grows: what depends on something gone is gone too
@@ -192,14 +195,14 @@ def _over(parser: Any, upper: dict[str, Any], lower: dict[str, Any], source: str
             kept = {f: value for f, value in kept.items() if f not in gone}
         if gone[1:] and os.environ.get("RANK", "0") == "0":
             print(
-                f"{source}: left out {', '.join(gone[1:])}, chosen for {lost} {lower[lost]} and "
+                f"{source}: left out {', '.join(gone[1:])}, chosen for {lost} {old} and "
                 f"not for {upper[lost]}",
                 file=sys.stderr,
             )
     return {**kept, **upper}
 
 
-def _no_flag(name: str, known: set[str]) -> str:
+def _no_flag(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
     hint = f"did you mean {near[0]}?" if near else "see --help"
     return f"expected a flag of this command, got {name!r}; {hint}"

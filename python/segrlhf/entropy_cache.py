@@ -1,7 +1,7 @@
 """Entropies of a frozen LM over preference pairs, computed once and kept on disk.
 
 Every response runs through the LM once; training, other thresholds and other epochs read the file
-and need no second model. ``segrlhf segment`` builds it and shows what each threshold would cut.
+and need no second model.
 """
 
 from __future__ import annotations
@@ -9,52 +9,33 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from segkernels import segment_ends, segment_offsets
-
-from . import data as pair_data
-from . import files, modeling
-from .configs import DataConfig, ModelConfig
+from .configs import ModelConfig
+from .data.batch import pad_responses
+from .data.tokenize import tokenizer_key
 from .errors import NonFiniteError, UserError
+from .models.lm_head import token_stats
+from .models.loading import load_causal_lm
+from .runtime import files
+from .runtime.distributed import processes
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+
 SIDES = ("chosen", "rejected")
 FORMAT = 1  # part of the key: raise it when what is stored changes meaning
-
-
-@dataclass
-class SegmentConfig:
-    """Arguments of ``segrlhf segment``."""
-
-    thresholds: list[float] = field(
-        default_factory=lambda: [0.5, 1.0, 1.5, 1.75, 2.0, 2.5, 3.0],
-        metadata={"help": "Entropy thresholds to compare, in nats."},
-    )
-    max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response."})
-    max_prompt_length: int = field(
-        default=1728, metadata={"help": "Rows with a longer prompt are dropped and counted."}
-    )
-    entropy_batch_size: int = field(default=16, metadata={"help": "Responses in one forward."})
-    entropy_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where entropies are kept; default ~/.cache/segrlhf/entropy."},
-    )
 
 
 def default_cache_dir() -> Path:
@@ -212,7 +193,7 @@ def _lengths(pairs: Dataset) -> np.ndarray:
 def cache_key(fingerprint: str, tokenizer: Any, pairs: Dataset) -> str:
     """Hash of the model, the tokenizer with its chat template and every token id of the data."""
     digest = hashlib.sha256(f"{FORMAT} {fingerprint}".encode())
-    digest.update(pair_data.tokenizer_key(tokenizer).encode())
+    digest.update(tokenizer_key(tokenizer).encode())
     for table in _tables(pairs):
         for name in table.column_names:
             column = table[name].combine_chunks()
@@ -232,11 +213,6 @@ def _building(directory: Path) -> Iterator[None]:
             print(f"another process builds {directory}; waiting for it", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def processes() -> PartialState:
-    """The processes of this launch; without an accelerator torchrun's work together on CPUs."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def cache_directory(
@@ -264,7 +240,7 @@ def build_entropy_cache(
 ) -> EntropyCache:
     """The complete cache of ``pairs`` under the frozen LM; computes what is missing.
 
-    ``pairs`` is what ``data.tokenize_pairs`` gives. The LM runs in the dtype of its checkpoint and
+    ``pairs`` is what ``tokenize_pairs`` gives. The LM runs in the dtype of its checkpoint and
     is loaded only if something is missing. Under torchrun or accelerate every process must call
     this; they share the work. Raises NonFiniteError naming the row when an entropy is NaN.
     """
@@ -309,21 +285,7 @@ def load_entropy_model(
 ) -> Any:
     """A frozen causal LM in the dtype of its checkpoint, on this process's device."""
     config = ModelConfig(name_or_path, model_revision=revision, trust_remote_code=trust_remote_code)
-    return modeling.load_causal_lm(config).to(processes().device).eval().requires_grad_(False)
-
-
-def pad_responses(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask, action_mask) [rows, longest], padded on the right."""
-    ids = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
-    action = [
-        torch.arange(len(p) + len(r)) >= len(p) for p, r in zip(prompts, responses, strict=True)
-    ]
-    pad = torch.nn.utils.rnn.pad_sequence
-    attention = pad([torch.ones_like(x) for x in ids], batch_first=True)
-    input_ids, action_mask = pad(ids, batch_first=True), pad(action, batch_first=True)
-    return input_ids.to(device), attention.to(device), action_mask.to(device)
+    return load_causal_lm(config).to(processes().device).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
@@ -338,7 +300,7 @@ def entropies(
     Raises NonFiniteError with the response's name when one is NaN or infinite.
     """
     ids, attention, action = pad_responses(prompts, responses, model.device)
-    entropy = modeling.token_stats(model, ids, attention, action)[1].float().cpu()
+    entropy = token_stats(model, ids, attention, action)[1].float().cpu()
     out = []
     for row, mask, name in zip(entropy, action.cpu(), names, strict=True):
         values = row[mask]
@@ -354,7 +316,7 @@ def entropies(
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Rows of ``data.tokenize_pairs`` with their number as ``row`` and, from a cache,
+    """Rows of ``tokenize_pairs`` with their number as ``row`` and, from a cache,
     ``chosen_entropy`` and ``rejected_entropy``."""
 
     def __init__(self, pairs: Dataset, cache: EntropyCache | None = None) -> None:
@@ -368,117 +330,3 @@ class Pairs(torch.utils.data.Dataset):
         if self.cache is not None:
             row["chosen_entropy"], row["rejected_entropy"] = self.cache[index]
         return row
-
-
-@dataclass(frozen=True)
-class ThresholdRow:
-    """What one threshold cuts: arrays over responses and over segments."""
-
-    threshold: float
-    segments: np.ndarray  # [responses] segments of each
-    tokens: np.ndarray  # [segments] tokens of each
-
-
-def cut(cache: EntropyCache, pairs: Dataset, threshold: float) -> ThresholdRow:
-    """Segments of every response of a complete cache at ``threshold`` nats."""
-    terminated = np.stack([np.asarray(pairs[f"{s}_terminated"][:]) for s in SIDES], 1).reshape(-1)
-    segments, tokens = [], []
-    for start in range(0, len(terminated), 4096):
-        entropy, cu_seqlens = cache.stream(start, min(start + 4096, len(terminated)))
-        mask = torch.ones(len(entropy), dtype=torch.bool)
-        ends = segment_ends(
-            entropy,
-            mask,
-            threshold,
-            cu_seqlens=cu_seqlens,
-            entropy_of="current",
-            exclude_last=torch.from_numpy(terminated[start : start + 4096]),
-        )
-        of_segment, of_row = segment_offsets(ends, mask, cu_seqlens=cu_seqlens)
-        segments.append(of_row.diff().numpy())
-        tokens.append(of_segment.diff().numpy())
-    return ThresholdRow(threshold, np.concatenate(segments), np.concatenate(tokens))
-
-
-def threshold_table(rows: Sequence[ThresholdRow]) -> str:
-    """The comparison that ``segrlhf segment`` prints."""
-    marks = (10, 50, 90)
-    heads = "".join(f"{f'p{q}':>7}" for q in marks)
-    lines = [
-        f"{'':>9}  {'segments per response':^29}  {'tokens per segment':^29}",
-        f"{'threshold':>9}  {'mean':>8}{heads}  {'mean':>8}{heads}",
-    ]
-    for row in rows:
-        line = f"{row.threshold:9.2f}"
-        for values in (row.segments, row.tokens):
-            quantiles = "".join(f"{v:7.0f}" for v in np.percentile(values, marks))
-            line += f"  {values.mean():8.1f}{quantiles}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def example(cache: EntropyCache, pairs: Dataset, tokenizer: Any, threshold: float) -> str:
-    """The beginning of the first chosen response with its segments at ``threshold`` divided."""
-    ids, entropy = pairs[0]["chosen_ids"][:60], cache.response(0)[:60]
-    starts = [0, *[i for i in range(1, len(ids)) if entropy[i] > threshold], len(ids)]
-    pieces = [tokenizer.decode(ids[i:j]) for i, j in itertools.pairwise(starts)]
-    return " | ".join(piece.replace("\n", "\\n") for piece in pieces)
-
-
-def run(model: ModelConfig, data: DataConfig, config: SegmentConfig) -> dict[str, Any]:
-    """``segrlhf segment``: builds the cache of training and test rows and compares thresholds.
-
-    Returns ``{"cache": directory, "thresholds": [{threshold, segments_per_response,
-    tokens_per_segment}]}`` with means over the training rows.
-    """
-    thresholds = [modeling.check_threshold(t, "thresholds") for t in config.thresholds]
-    tokenizer = modeling.load_tokenizer(model)
-    caches = {}
-    for split in ("train", "eval"):
-        rows = pair_data.load_split(data, split)
-        if rows is None:
-            continue
-        pairs, report = pair_data.tokenize_pairs(
-            rows,
-            tokenizer,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-        )
-        say(f"{split}: {report.summary()}")
-        cache = build_entropy_cache(
-            model.model_name_or_path,
-            tokenizer,
-            pairs,
-            cache_dir=config.entropy_cache_dir,
-            batch_size=config.entropy_batch_size,
-            revision=model.model_revision,
-            trust_remote_code=model.trust_remote_code,
-        )
-        caches[split] = pairs, cache
-    pairs, cache = caches["train"]
-    table = [cut(cache, pairs, threshold) for threshold in thresholds]
-    middle = thresholds[len(thresholds) // 2]
-    say(f"entropies: {cache.directory}\n\n{threshold_table(table)}\n")
-    say(f"example at {middle}: {example(cache, pairs, tokenizer, middle)}\n")
-    say(
-        "Choose a threshold whose segments are phrases: several tokens each, and several segments "
-        "in a typical response.\nA higher one cuts less. Published runs used 1.75 (Phi-3-mini) and "
-        "2.0 (Llama 3). Then: segrlhf reward --granularity segment --entropy_threshold ..."
-    )
-    return {
-        "cache": str(cache.directory),
-        "thresholds": [
-            {
-                "threshold": row.threshold,
-                "segments_per_response": float(row.segments.mean()),
-                "tokens_per_segment": float(row.tokens.mean()),
-            }
-            for row in table
-        ],
-    }
-
-
-def say(text: str) -> None:
-    """Prints once, whatever the number of processes."""
-    if processes().is_main_process:
-        print(text, flush=True)

@@ -1,17 +1,14 @@
-"""segrlhf.data: formats, preference rows, chat templates, hold-out, collation, bad rows."""
-
-from __future__ import annotations
-
-import gzip
-import json
+"""Rows as ids: plain text, conversations, prompts, rows that are dropped."""
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
-from segrlhf import data
 from segrlhf.configs import DataConfig
-from segrlhf.data import PairCollator, Renderer, load_rows, load_split, tokenize_pairs
+from segrlhf.data.batch import PairCollator
+from segrlhf.data.load import load_rows, load_split
+from segrlhf.data.render import Renderer, split_pair
+from segrlhf.data.tokenize import tokenize_pairs, tokenize_prompts, tokenizer_key
 from segrlhf.errors import UserError
 
 LIMITS = {"max_length": 64, "max_prompt_length": 32}
@@ -32,150 +29,6 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
-
-
-# Formats
-
-
-def write_json_list(path, rows):
-    path.write_text(json.dumps(rows))
-
-
-def write_lines(path, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.suffix == ".gz":
-        with gzip.open(path, "wt") as handle:
-            handle.write(text)
-    else:
-        path.write_text(text)
-
-
-def write_parquet(path, rows):
-    Dataset.from_list(rows).to_parquet(path)
-
-
-def write_csv(path, rows):
-    Dataset.from_list(rows).to_csv(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [
-        ("rows.json", write_json_list),
-        ("rows.jsonl", write_lines),
-        ("rows.jsonl.gz", write_lines),
-        ("rows.json.gz", write_lines),
-        ("rows.parquet", write_parquet),
-        ("rows.csv", write_csv),
-    ],
-)
-def test_files(name, write, pair_rows, tmp_path):
-    write(tmp_path / name, pair_rows)
-    assert load_rows(str(tmp_path / name), "train").to_list() == pair_rows
-
-
-def test_directories(pair_rows, tmp_path):
-    files = tmp_path / "files"
-    files.mkdir()
-    write_lines(files / "train.jsonl.gz", pair_rows[:5])
-    write_lines(files / "test.jsonl", pair_rows[5:7])
-    assert load_rows(str(files), "train").to_list() == pair_rows[:5]
-    assert load_rows(str(files), "test").to_list() == pair_rows[5:7]
-
-    Dataset.from_list(pair_rows).save_to_disk(tmp_path / "saved")
-    assert load_rows(str(tmp_path / "saved"), "train").to_list() == pair_rows
-    splits = DatasetDict(train=pairs_of(*pair_rows[:3]), test=pairs_of(*pair_rows[3:]))
-    splits.save_to_disk(tmp_path / "splits")
-    assert load_rows(str(tmp_path / "splits"), "test").to_list() == pair_rows[3:]
-
-
-@pytest.mark.parametrize("content", ["", "\n\n"])
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv"])
-def test_empty_file(name, content, tmp_path):
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
-    with pytest.raises(UserError, match="expected rows, got the empty file"):
-        load_rows(str(path), "train")
-
-
-def test_file_without_rows(tmp_path):
-    (tmp_path / "rows.csv").write_text("prompt,chosen\n")
-    with pytest.raises(UserError, match=r"rows\.csv, which cannot be read: .* no data"):
-        load_rows(str(tmp_path / "rows.csv"), "train")
-
-
-def test_file_that_cannot_be_read(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(UserError, match=r"rows\.jsonl, which cannot be read: JSON parse error"):
-        load_rows(str(tmp_path / "rows.jsonl"), "train")
-    (tmp_path / "rows.txt").write_text("a")
-    with pytest.raises(UserError, match=r"expected a file ending in \.json, \.jsonl, \.parquet"):
-        load_rows(str(tmp_path / "rows.txt"), "train")
-    with pytest.raises(UserError, match=r"directory or a hub name, got .*nothing, which cannot be"):
-        load_rows(str(tmp_path / "nothing"), "train")
-
-
-def test_unknown_split(pairs_file):
-    with pytest.raises(UserError, match=r"split: expected one of train of .*, got 'test'"):
-        load_rows(str(pairs_file), "test")
-    with pytest.raises(UserError, match="dataset_train_split: expected one of train"):
-        load_split(DataConfig(str(pairs_file), dataset_train_split="learn"), "train")
-
-
-# Splits
-
-
-def test_hold_out_keeps_a_prompt_on_one_side(pairs_file, pair_rows):
-    config = DataConfig(str(pairs_file), eval_size=0.25)
-    train, held = load_split(config, "train"), load_split(config, "eval")
-    assert len(set(held["prompt"])) == 2
-    assert not set(train["prompt"]) & set(held["prompt"])
-    assert sorted(train["chosen"][:] + held["chosen"][:]) == sorted(r["chosen"] for r in pair_rows)
-    assert load_split(config, "eval").to_list() == held.to_list()
-
-
-def test_hold_out_with_implicit_prompts(tmp_path):
-    rows = [
-        {
-            "chosen": f"Human: {q}?\n\nAssistant: {a} yes",
-            "rejected": f"Human: {q}?\n\nAssistant: {b}",
-        }
-        for q in "abcdefgh"
-        for a, b in [("I think so", "I do not"), ("Sure", "No"), ("I", "I think")]
-    ]
-    write_lines(tmp_path / "rows.jsonl", rows)
-    config = DataConfig(str(tmp_path / "rows.jsonl"), eval_size=0.5)
-    questions = [
-        {row["chosen"][7] for row in load_split(config, side)} for side in ("train", "eval")
-    ]
-    assert [len(q) for q in questions] == [4, 4]
-    assert not questions[0] & questions[1]
-
-
-def test_split_without_hold_out(pairs_file, pair_rows, tmp_path):
-    plain = DataConfig(str(pairs_file))
-    assert len(load_split(plain, "train")) == len(pair_rows)
-    assert load_split(plain, "eval") is None
-    assert len(load_split(DataConfig(str(pairs_file), max_samples=5), "train")) == 5
-    write_lines(tmp_path / "train.jsonl", pair_rows[:5])
-    write_lines(tmp_path / "test.jsonl", pair_rows[5:7])
-    both = DataConfig(str(tmp_path), eval_size=0.5)
-    assert len(load_split(both, "train")) == 5
-    assert load_split(both, "eval").to_list() == pair_rows[5:7]
-
-
-def test_bad_split_sizes(pairs_file, tmp_path):
-    for size in (-0.1, 1.0, float("nan")):
-        with pytest.raises(UserError, match=r"eval_size: expected a share in \[0, 1\)"):
-            load_split(DataConfig(str(pairs_file), eval_size=size), "train")
-    with pytest.raises(UserError, match="max_samples: expected at least 1, got 0"):
-        load_split(DataConfig(str(pairs_file), max_samples=0), "train")
-    config = DataConfig(str(pairs_file), eval_size=0.5, max_samples=2)
-    with pytest.raises(UserError, match="at least two different prompts to divide, got 1"):
-        load_split(config, "train")
-    write_lines(tmp_path / "rows.jsonl", [{"text": "a"}])
-    with pytest.raises(UserError, match=r"expected a column prompt .*, got text"):
-        load_split(DataConfig(str(tmp_path / "rows.jsonl"), eval_size=0.5), "train")
 
 
 # Plain rows
@@ -201,7 +54,7 @@ def test_plain_pairs(tokenizer, pair_rows):
 
 def test_implicit_prompt(tokenizer):
     row = {"chosen": "Human: hi\n\nAssistant: Hello", "rejected": "Human: hi\n\nAssistant: Hey"}
-    assert data.split_pair(row) == ("Human: hi\n\nAssistant:", " Hello", " Hey")
+    assert split_pair(row) == ("Human: hi\n\nAssistant:", " Hello", " Hey")
     pairs, _ = tokenize_pairs(pairs_of(row), tokenizer, **LIMITS)
     assert tokenizer.decode(pairs[0]["prompt_ids"]) == "<s>Human: hi\n\nAssistant:"
     assert tokenizer.decode(pairs[0]["chosen_ids"]) == " Hello</s>"
@@ -217,21 +70,6 @@ def test_nothing_in_common_leaves_the_bos_token(tokenizer, make_tokenizer):
     _, report = tokenize_pairs(rows, make_tokenizer(bos=False), **LIMITS)
     assert (report.n_kept, report.no_prompt) == (1, 1)
     assert report.summary() == "2 rows: 1 kept; 1 dropped without a prompt token"
-
-
-def test_response_ids_are_those_after_the_prompt(tokenizer):
-    """Where a token would reach across the border, the response stands on its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"a": 0, "b": 1, "▁a": 2, "▁": 3, "ab": 4, "</s>": 5, "▁b": 6}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a"), ("▁", "b"), ("a", "b")]))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tok = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
-    render = Renderer(tok)
-    # alone, " a" would get a second space in front
-    assert render.pair("b", [" a"]) == ([6], [[2, 5]])
-    assert render.pair("ba", ["b"]) == ([6, 0], [[6, 5]])
 
 
 def test_truncation_takes_the_end_token(tokenizer):
@@ -279,7 +117,7 @@ def test_missing_columns(tokenizer):
     with pytest.raises(UserError, match=r"expected the columns .*, got chosen, question; rename"):
         tokenize_pairs(pairs_of({"chosen": "p", "question": "q"}), tokenizer, **LIMITS)
     with pytest.raises(UserError, match="expected a column prompt, got text"):
-        data.tokenize_prompts(pairs_of({"text": "p"}), tokenizer, max_prompt_length=8)
+        tokenize_prompts(pairs_of({"text": "p"}), tokenizer, max_prompt_length=8)
 
 
 def test_columns_of_another_type(tokenizer):
@@ -391,27 +229,18 @@ def test_chat_template_without_end_token_gets_eos(make_tokenizer):
     assert pairs[0]["chosen_ids"] == [*ids_of(tok, "a"), EOS]
 
 
-def test_end_tokens(tokenizer, chat_tokenizer, make_tokenizer):
-    assert data.stop_token_ids(tokenizer, conversational=False) == [EOS]
-    assert data.stop_token_ids(chat_tokenizer, conversational=True) == [EOS, TURN]
-    assert data.pad_token_id(tokenizer) == PAD
-    assert data.pad_token_id(make_tokenizer(pad=False)) == EOS
-    with pytest.raises(UserError, match=r"expected one with an EOS token.*set eos_token"):
-        Renderer(make_tokenizer(eos=False))
-
-
 # Prompts
 
 
 def test_prompts(tokenizer, chat_tokenizer, prompts_file, pairs_file):
     for path in (prompts_file, pairs_file):
         rows = load_rows(str(path), "train")
-        prompts, report = data.tokenize_prompts(rows, tokenizer, max_prompt_length=32)
+        prompts, report = tokenize_prompts(rows, tokenizer, max_prompt_length=32)
         assert prompts[0]["prompt"] == "Tell me about tea:"
         assert prompts[0]["prompt_ids"] == [BOS, *ids_of(tokenizer, "Tell me about tea:")]
         assert report.n_kept == len(rows)
     chat = pairs_of({"prompt": [user("hi")]})
-    prompts, _ = data.tokenize_prompts(chat, chat_tokenizer, max_prompt_length=32)
+    prompts, _ = tokenize_prompts(chat, chat_tokenizer, max_prompt_length=32)
     assert prompts[0]["prompt"] == "<s><|user|>hi<|end|>\n<|assistant|>"
     assert prompts[0]["prompt_ids"].count(BOS) == 1
     assert prompts[0]["conversational"] is True
@@ -419,7 +248,7 @@ def test_prompts(tokenizer, chat_tokenizer, prompts_file, pairs_file):
 
 def test_bad_prompts_are_counted(tokenizer):
     rows = pairs_of({"prompt": "p"}, {"prompt": ""}, {"prompt": "p" * 40})
-    _, report = data.tokenize_prompts(rows, tokenizer, max_prompt_length=32)
+    _, report = tokenize_prompts(rows, tokenizer, max_prompt_length=32)
     assert (report.n_kept, report.empty, report.prompt_too_long) == (1, 1, 1)
 
 
@@ -441,47 +270,10 @@ def test_tokenizing_again_reads_the_same_result(pairs_file, tokenizer, make_toke
 
 def test_tokenizer_key(make_tokenizer):
     keys = {
-        data.tokenizer_key(make_tokenizer(**changes))
+        tokenizer_key(make_tokenizer(**changes))
         for changes in ({}, {"bos": False}, {"pad": False}, {"chat_template": "x"}, {})
     }
     assert len(keys) == 4
-
-
-# Batches
-
-
-def test_collator():
-    rows = [
-        {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [6]},
-        {"prompt_ids": [7], "chosen_ids": [8], "rejected_ids": [9, 10]},
-    ]
-    for row in rows:
-        row |= {"chosen_terminated": True, "rejected_terminated": False}
-    batch = PairCollator(0)(rows)
-    assert batch["input_ids"].tolist() == [
-        [1, 2, 3, 4, 5],
-        [7, 8, 0, 0, 0],
-        [1, 2, 6, 0, 0],
-        [7, 9, 10, 0, 0],
-    ]
-    assert batch["attention_mask"].sum(-1).tolist() == [5, 2, 3, 3]
-    assert batch["action_mask"].int().tolist() == [
-        [0, 0, 1, 1, 1],
-        [0, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
-        [0, 1, 1, 0, 0],
-    ]
-    assert batch["terminated"].tolist() == [True, True, False, False]
-    assert batch["margin"] is None
-    assert "entropy" not in batch
-    assert PairCollator(0, pad_to_multiple_of=4)(rows)["input_ids"].shape == (4, 8)
-
-    for row in rows:
-        row["chosen_entropy"] = [0.5] * len(row["chosen_ids"])
-        row["rejected_entropy"] = [1.5] * len(row["rejected_ids"])
-    entropy = PairCollator(0)(rows)["entropy"]
-    assert entropy[0].tolist() == [0.0, 0.0, 0.5, 0.5, 0.5]
-    assert entropy[3].tolist() == [0.0, 1.5, 1.5, 0.0, 0.0]
 
 
 @pytest.mark.real_data

@@ -1,138 +1,36 @@
-"""Trains a bandit, token or segment reward model from preference pairs (arXiv 2501.02790, 3.2)."""
+"""transformers' Trainer for reward models of segments, tokens or whole responses."""
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from segkernels import segment_bradley_terry
 
-from . import data as pair_data
-from . import files, modeling, segmenter
-from .configs import AdaptedModelConfig, DataConfig, flag
-from .errors import NonFiniteError, UserError
+from ..data.batch import PairCollator, first_pairs
+from ..data.render import pad_token_id
+from ..errors import NonFiniteError
+from ..models.loading import is_peft
+from ..runtime import files
+from ..runtime.checkpoints import COMPLETE, last_checkpoint, mark_complete, saving
+from ..runtime.interrupt import ctrl_c
+from .config import RewardConfig
 
 RUN_FILE = "reward_run.json"  # beside the final model: how its data was tokenized and scored
 
 
-@dataclass
-class RewardConfig(TrainingArguments):
-    """Arguments of ``segrlhf reward``: transformers' TrainingArguments and these.
-
-    ``label_smoothing_factor`` is the label smoothing of the Bradley-Terry loss.
-    """
-
-    granularity: Literal["segment", "token", "bandit"] = field(
-        default="segment", metadata={"help": "What gets one reward."}
-    )
-    entropy_threshold: float | None = flag(
-        None,
-        "Segments only: a token whose entropy exceeds this many nats starts a segment.",
-        depends_on=("granularity",),
-    )
-    entropy_model: str | None = field(
-        default=None,
-        metadata={"help": "Frozen LM that gives the entropies; default: the model itself."},
-    )
-    max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response."})
-    max_prompt_length: int = field(
-        default=1728, metadata={"help": "Rows with a longer prompt are dropped and counted."}
-    )
-    center_rewards_coefficient: float | None = field(
-        default=None, metadata={"help": "Weight of mean[(score_chosen + score_rejected)^2]."}
-    )
-    score_reduction: Literal["mean", "sum"] = field(
-        default="mean", metadata={"help": "How segment rewards make the score of a response."}
-    )
-    entropy_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where entropies are kept; default ~/.cache/segrlhf/entropy."},
-    )
-    entropy_batch_size: int = field(
-        default=16, metadata={"help": "Responses in one forward of the entropy model."}
-    )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every parameter of a reward model is used."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: pairs are no arguments of the model."}
-    )
-
-    def __post_init__(self) -> None:
-        # Else the processes of torchrun would each train alone, into the same directory.
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-        super().__post_init__()
-        for name, allowed in (
-            ("granularity", ("segment", "token", "bandit")),
-            ("score_reduction", ("mean", "sum")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        if self.granularity == "segment":
-            modeling.check_threshold(self.entropy_threshold)
-        elif self.entropy_threshold is not None:
-            raise UserError(
-                f"entropy_threshold: expected none with granularity {self.granularity}, got "
-                f"{self.entropy_threshold}; drop it, or pass --granularity segment"
-            )
-        if self.remove_unused_columns:
-            raise UserError(
-                "remove_unused_columns: expected false, got true; the columns of a pair are no "
-                "arguments of the model's forward"
-            )
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise UserError(
-                "train_sampling_strategy: expected random or sequential, got "
-                f"{self.train_sampling_strategy}; pairs have no single length to group by"
-            )
-
-
-@contextmanager
-def saving(what: str, output_dir: str | Path) -> Iterator[None]:
-    """Turns a write that failed for lack of space into one clear OSError(ENOSPC)."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # safetensors and torch.save report a failed write in words of their own.
-        full = full or "os error 28" in str(error) or "PytorchStreamWriter" in str(error)
-        if not full:
-            raise
-        last = files.last_checkpoint(output_dir)
-        kept = f"the newest complete checkpoint is {last}" if last else "no checkpoint was complete"
-        raise OSError(
-            errno.ENOSPC,
-            f"disk full while saving {what} in {output_dir} "
-            f"({shutil.disk_usage(output_dir).free / 2**20:.0f} MiB free); what was there is "
-            f"intact, {kept}; free space and go on with --resume_from_checkpoint true",
-        ) from error
-
-
-class _Collator(pair_data.PairCollator):
+class _Collator(PairCollator):
     """Adds ``rows`` int64 [B], the numbers of the pairs in their dataset."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -176,11 +74,11 @@ class _Guard(TrainerCallback):
 class SegmentRewardTrainer(Trainer):
     """transformers.Trainer for a ``SegmentRewardModel`` on tokenized pairs.
 
-    ``train_dataset`` and ``eval_dataset`` are ``segmenter.Pairs``: what ``data.tokenize_pairs``
-    gives, with an entropy cache where the granularity is "segment". One forward takes chosen and
-    rejected rows together; the loss is ``segkernels.segment_bradley_terry``. A batch counts pairs.
-    Losses and metrics are means over pairs, exact across micro-batches, processes and a last
-    partial batch.
+    ``train_dataset`` and ``eval_dataset`` are ``entropy_cache.Pairs``: what
+    ``tokenize_pairs`` gives, with an entropy cache where the granularity is "segment". One forward
+    takes chosen and rejected rows together; the loss is ``segkernels.segment_bradley_terry``. A
+    batch counts pairs. Losses and metrics are means over pairs, exact across micro-batches,
+    processes and a last partial batch.
 
     Logged beside Trainer's own: accuracy, margin, mean_reward, min_reward, max_reward (of response
     scores), segments/per_response, segments/tokens_per_segment; ``eval_`` versions of all of them
@@ -203,7 +101,7 @@ class SegmentRewardTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=_Collator(pair_data.pad_token_id(processing_class)),
+            data_collator=_Collator(pad_token_id(processing_class)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -241,7 +139,7 @@ class SegmentRewardTrainer(Trainer):
             left = len(self.train_dataset) % (size * world)
             if left:
                 mine = min(max(left - self.args.process_index * size, 0), size)
-                batches[-1] = _first_pairs(batches[-1], max(mine, 1))
+                batches[-1] = first_pairs(batches[-1], max(mine, 1))
                 batches[-1]["pairs"] = mine
         self._rows = [row for batch in batches for row in batch["rows"].tolist()]
         counted = torch.tensor(sum(b["pairs"] for b in batches), dtype=torch.float32, device=device)
@@ -312,7 +210,7 @@ class SegmentRewardTrainer(Trainer):
             saved = "no step was taken, so there is nothing to save"
         else:
             folder = self._checkpoint_folder()
-            if not (folder / files.COMPLETE).is_file():
+            if not (folder / COMPLETE).is_file():
                 self._save_checkpoint(self.model_wrapped, None)
             saved = f"the last good weights are in {folder}"
         raise NonFiniteError(
@@ -431,10 +329,10 @@ class SegmentRewardTrainer(Trainer):
         Raises KeyboardInterrupt then; its message says how to go on.
         """
         try:
-            with _ctrl_c(self):
+            with ctrl_c(self):
                 output = super().train(resume_from_checkpoint, **kwargs)
         except KeyboardInterrupt as stop:
-            last = files.last_checkpoint(self.args.output_dir)
+            last = last_checkpoint(self.args.output_dir)
             raise KeyboardInterrupt(
                 f"stopped inside step {self.state.global_step + 1}; newest complete checkpoint: "
                 f"{last or 'none'}; go on with --resume_from_checkpoint true"
@@ -463,7 +361,7 @@ class SegmentRewardTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    files.mark_complete(folder, self.state.global_step)
+                    mark_complete(folder, self.state.global_step)
         except BaseException:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -496,44 +394,6 @@ class SegmentRewardTrainer(Trainer):
             files.write_json(part / RUN_FILE, run)
 
 
-@contextmanager
-def _ctrl_c(trainer: SegmentRewardTrainer) -> Iterator[None]:
-    def request(signum: int, frame: Any) -> None:
-        # A launcher repeats the signal to its processes, so only a lone process takes two as "now".
-        if trainer.stop_requested and trainer.args.world_size == 1:
-            raise KeyboardInterrupt
-        trainer.stop_requested = True
-        if trainer.is_world_process_zero():
-            print("\nCtrl-C: finishing this step and saving a checkpoint", flush=True)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets only the main thread handle signals
-        return
-    before = signal.signal(signal.SIGINT, request)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def is_peft(model: Any) -> bool:
-    return hasattr(model, "merge_and_unload")
-
-
-def _first_pairs(batch: dict[str, Any], count: int) -> dict[str, Any]:
-    """The first ``count`` pairs of a batch of chosen rows, then rejected rows."""
-    pairs = len(batch["input_ids"]) // 2
-    out = {}
-    for name, value in batch.items():
-        if not isinstance(value, Tensor):
-            out[name] = value
-        elif len(value) == pairs:
-            out[name] = value[:count]
-        else:
-            out[name] = torch.cat([value[:count], value[pairs : pairs + count]])
-    return out
-
-
 def _tokens_in_segments(ends: Tensor, mask: Tensor) -> Tensor:
     """[rows] action tokens at or before the last end of a row."""
     return (ends.flip(1).cumsum(1).flip(1).gt(0) & mask).sum(1)
@@ -542,107 +402,3 @@ def _tokens_in_segments(ends: Tensor, mask: Tensor) -> Tensor:
 def _some(rows: list[int]) -> str:
     shown = ", ".join(map(str, rows[:10]))
     return f"{shown}, ... ({len(rows)} in all)" if len(rows) > 10 else shown
-
-
-def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> dict[str, Any]:
-    """``segrlhf reward``: trains the model and leaves it, whole, in ``config.output_dir``.
-
-    Returns ``{"output_dir", "metrics", "history"}``: final train and eval metrics, and everything
-    that was logged.
-    """
-    resuming = str(config.resume_from_checkpoint).lower() not in ("none", "", "false", "no")
-    with config.main_process_first(desc="reading the pairs"):
-        if config.process_index == 0:
-            files.claim_output_dir(config.output_dir, resuming)
-        checkpoint = files.resolve_resume(config.output_dir, config.resume_from_checkpoint)
-        tokenizer = modeling.load_tokenizer(model)
-        pairs = {}
-        for split in ("train", "eval"):
-            rows = pair_data.load_split(data, split)
-            if rows is None:
-                continue
-            pairs[split], report = pair_data.tokenize_pairs(
-                rows,
-                tokenizer,
-                max_length=config.max_length,
-                max_prompt_length=config.max_prompt_length,
-            )
-            segmenter.say(f"{split}: {report.summary()}")
-    if config.eval_strategy != "no" and "eval" not in pairs:
-        raise UserError(
-            f"eval_strategy: expected rows to evaluate on, got none in {data.dataset_name}; pass "
-            "--eval_size 0.05, --dataset_test_split, or --eval_strategy no"
-        )
-
-    entropy_model = config.entropy_model or model.model_name_or_path
-    if Path(entropy_model).is_dir():
-        entropy_model = str(Path(entropy_model).resolve())
-    caches = {}
-    if config.granularity == "segment":
-        same = config.entropy_model is None
-        caches = {
-            split: segmenter.build_entropy_cache(
-                entropy_model,
-                tokenizer,
-                rows,
-                cache_dir=config.entropy_cache_dir,
-                batch_size=config.entropy_batch_size,
-                revision=model.model_revision if same else "main",
-                trust_remote_code=model.trust_remote_code,
-            )
-            for split, rows in pairs.items()
-        }
-    datasets = {split: segmenter.Pairs(rows, caches.get(split)) for split, rows in pairs.items()}
-
-    set_seed(config.seed)
-    reward_model: Any = modeling.SegmentRewardModel.from_causal_lm(
-        model.model_name_or_path,
-        config.granularity,
-        config.entropy_threshold,
-        entropy_model if config.granularity == "segment" else None,
-        seed=config.seed,
-        tokenizer=tokenizer,
-        revision=model.model_revision,
-        # Adam's small steps vanish in bf16 weights; --bf16 runs the arithmetic in bf16 instead.
-        dtype="float32" if model.dtype == "auto" else model.dtype,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-    )
-    if model.use_peft:
-        reward_model = modeling.apply_lora(reward_model, model, "SEQ_CLS")
-    trainer = SegmentRewardTrainer(
-        reward_model,
-        config,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
-        processing_class=tokenizer,
-    )
-    sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-    if model.use_peft and sharded:
-        raise UserError(
-            "use_peft: expected whole weights on every process, to merge the adapters into, got "
-            "FSDP or ZeRO-3; train LoRA with plain data parallelism or ZeRO-2"
-        )
-    output = trainer.train(str(checkpoint) if checkpoint else None)
-    metrics = {**output.metrics, **(trainer.evaluate() if "eval" in datasets else {})}
-    trainer.save_final(
-        config.output_dir,
-        {
-            "max_length": config.max_length,
-            "max_prompt_length": config.max_prompt_length,
-            "score_reduction": config.score_reduction,
-        },
-    )
-    segmenter.say(f"reward model: {config.output_dir}")
-    return {
-        "output_dir": config.output_dir,
-        "metrics": metrics,
-        "history": trainer.state.log_history,
-    }
-
-
-def trained_with(reward_model: str | Path) -> dict[str, Any]:
-    """How a reward model's data was tokenized and scored; the published settings if unknown."""
-    known = {"max_length": 2048, "max_prompt_length": 1728, "score_reduction": "mean"}
-    path = Path(reward_model) / RUN_FILE
-    return {**known, **json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else known

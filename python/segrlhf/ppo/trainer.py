@@ -10,30 +10,25 @@ import hashlib
 import json
 import math
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from segkernels import (
-    LocationNormalizer,
     PolicyLoss,
     RunningLocationNormalizer,
-    ScalarNormalizer,
     scatter_segment_rewards,
     segment_advantages,
     segment_scores,
@@ -41,345 +36,26 @@ from segkernels import (
     whiten,
 )
 
-from . import files
-from .configs import DataConfig, ModelConfig, flag
-from .data import load_split, stop_token_ids, tokenize_prompts
-from .errors import NonFiniteError, UserError
-from .modeling import (
-    SegmentRewardModel,
-    check_same_tokenizer,
-    check_vocabulary,
-    load_causal_lm,
-    load_tokenizer,
-    policy_loss,
-    token_stats,
-    token_stats_at,
-)
+from ..configs import ModelConfig
+from ..data.render import stop_token_ids
+from ..errors import NonFiniteError, UserError
+from ..models.lm_head import token_stats, token_stats_at
+from ..models.loading import check_vocabulary
+from ..models.reward_model import SegmentRewardModel
+from ..runtime import files
+from ..runtime.checkpoints import COMPLETE, claim_output_dir, mark_complete, resolve_resume
+from ..runtime.interrupt import Interrupt
+from .config import PPOConfig
+from .experience import Experience, build_normalizer
+from .metrics import Means
+from .models import PolicyAndValue, starting_value_model, state_values, without_dropout
 from .rollout import Rollout, distinct_bigrams, eos_ids, generate
-
-# The schedules are functions of the update alone, so that there is no state to save.
-
-
-# What a normaliser's numbers were fitted to.
-_REWARDS = ("reward_model", "reward_granularity", "reward_threshold")
-
-
-@dataclass
-class PPOConfig:
-    """Flags of ``segrlhf ppo``. Batch sizes count rows over all processes, unless they say not."""
-
-    output_dir: str = flag(..., "Where policy, checkpoints and metrics.jsonl go.")
-    reward_model: str = flag(
-        ...,
-        "Reward model: a directory or a hub name.",
-        depends_on=("reward_granularity",),
-    )
-
-    # reward
-    reward_granularity: str | None = flag(
-        None, "segment, token or bandit; default: what the reward model's config says."
-    )
-    reward_threshold: float | None = flag(
-        None,
-        "Entropy (nats) over which a segment starts; default: the reward model's own.",
-        depends_on=("reward_model", "reward_granularity"),
-    )
-    normalizer: Literal["auto", "none", "running", "line", "scalar"] = flag(
-        "auto",
-        "auto (the one fitted into the reward model's config), none, running (fitted to the "
-        "rollouts as they come), line or scalar (given by the two flags below).",
-        depends_on={"line": _REWARDS, "scalar": _REWARDS},
-    )
-    normalizer_line: list[float] | None = flag(
-        None,
-        "w_m b_m w_s b_s: mean(p) = w_m ln p + b_m, std(p) = w_s ln p + b_s.",
-        depends_on=("normalizer",),
-    )
-    normalizer_scalar: list[float] | None = flag(
-        None, "Mean and std of --normalizer scalar.", depends_on=("normalizer",)
-    )
-    reward_credit: Literal["segments", "final"] = flag(
-        "segments",
-        "segments: each segment's tokens are paid its reward. final: the mean over the row's "
-        "segments is paid at its last token (a control: same reward model, no credit placement).",
-    )
-    reward_spread: Literal["even", "repeat", "last"] = flag(
-        "even", "How a segment's reward goes to its tokens: even, repeat or last."
-    )
-    reward_reduction: Literal["mean", "sum"] = flag(
-        "mean",
-        "mean: a row's rewards add up to the mean of its segments. sum: to their sum (the authors' "
-        "form; weakens the KL penalty by the number of segments).",
-    )
-    reward_clip: float = flag(10.0, "Token rewards are clipped to plus and minus this.")
-    missing_eos_penalty: float | None = flag(
-        None, "Taken off the last token's reward of a response without EOS."
-    )
-    overlong_tokens: int | None = flag(
-        None, "A response of more tokens, or without EOS, earns --overlong_reward instead."
-    )
-    overlong_reward: float = flag(-0.05, "Reward on every token of an overlong response.")
-
-    # rollouts
-    total_episodes: int | None = flag(
-        None, "Responses to sample in all; default: num_episodes times the prompts."
-    )
-    num_episodes: float = flag(1.0, "Passes over the prompts.")
-    rollout_batch_size: int = flag(128, "Responses sampled an update.")
-    generation_batch_size: int = flag(64, "Rows that one process generates at a time.")
-    response_length: int = flag(256, "Most tokens of a response.")
-    max_prompt_length: int = flag(512, "Prompts of more tokens are dropped and counted.")
-    temperature: float = flag(1.0, "Sampling temperature; log-probabilities are taken at it too.")
-
-    # optimisation
-    num_ppo_epochs: int = flag(1, "Passes over each batch of rollouts.")
-    mini_batch_size: int = flag(64, "Rows of one optimizer step.")
-    per_device_train_batch_size: int = flag(8, "Rows of one forward pass of one process.")
-    learning_rate: float = flag(5e-7, "Policy's learning rate.")
-    value_learning_rate: float = flag(9e-6, "Value model's learning rate.")
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-    ] = flag("linear", "Schedule over updates, by transformers' names.")
-    warmup_ratio: float = flag(0.0, "Share of the updates in which the learning rates rise.")
-    adam_beta1: float = flag(0.9, "AdamW's first beta.")
-    adam_beta2: float = flag(0.999, "AdamW's second beta.")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
-    weight_decay: float = flag(0.0, "AdamW's weight decay.")
-    max_grad_norm: float = flag(1.0, "Gradient norm limit, of policy and value model each.")
-    gradient_checkpointing: bool = flag(False, "Recompute activations to save memory.")
-    mixed_precision: Literal["no", "bf16"] = flag(
-        "no", "no or bf16. Trained weights are always kept in float32."
-    )
-    use_cpu: bool = flag(False, "Run on CPUs though there is a GPU.")
-
-    # PPO
-    kl_coef: float = flag(0.05, "beta: weight of the KL penalty in the reward.")
-    kl_target: float | None = flag(
-        None, "Nats a response that an adaptive beta steers to; default: beta stays fixed."
-    )
-    kl_horizon: int = flag(10_000, "Episodes over which the adaptive beta moves.")
-    gamma: float = flag(1.0, "Discount.")
-    lam: float = flag(0.95, "Lambda of generalised advantage estimation.")
-    cliprange: float = flag(0.2, "Clip range of the probability ratio.")
-    cliprange_value: float = flag(0.2, "Clip range of the values.")
-    whiten_advantages: bool = flag(True, "Advantages get mean 0 and variance 1 over the rollouts.")
-    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = flag(
-        "token-mean", "token-mean, seq-mean-token-mean or seq-mean-token-sum."
-    )
-    entropy_model: str | None = flag(
-        None,
-        "LM whose entropy divides responses into segments; default: the one that the reward model "
-        "was trained with. policy: the reference policy.",
-    )
-    value_model: str = flag(
-        "policy", "What the value model starts from: policy, reward, or a reward model's directory."
-    )
-
-    # running
-    seed: int = flag(0, "Fixes prompt order and sampling.")
-    logging_steps: int = flag(1, "Updates between lines of metrics.jsonl.")
-    eval_steps: int | None = flag(None, "Updates between evaluations; default: none.")
-    save_steps: int | None = flag(50, "Updates between checkpoints; 0: only when interrupted.")
-    save_total_limit: int | None = flag(None, "Keep this many of the newest checkpoints.")
-    report_to: list[str] = flag(
-        ["none"], "Trackers of accelerate: tensorboard, wandb, ... or none."
-    )
-    resume_from_checkpoint: str | None = flag(
-        None, "true (the newest checkpoint of output_dir) or a checkpoint's directory."
-    )
-
-    def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():
-            # Else the processes of torchrun would each train alone, into the same directory.
-            self.use_cpu = True
-        for name, hint in get_type_hints(PPOConfig).items():
-            allowed, got = get_args(hint), getattr(self, name)
-            if get_origin(hint) is Literal and got not in allowed:
-                raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
-        for name in (
-            "rollout_batch_size", "generation_batch_size", "response_length", "num_ppo_epochs",
-            "mini_batch_size", "per_device_train_batch_size", "temperature", "max_grad_norm",
-            "reward_clip", "logging_steps", "num_episodes", "kl_horizon", "total_episodes",
-            "kl_target", "overlong_tokens", "eval_steps", "save_total_limit",
-        ):  # fmt: skip
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        if self.rollout_batch_size % self.mini_batch_size:
-            raise UserError(
-                f"mini_batch_size: expected a divisor of rollout_batch_size "
-                f"{self.rollout_batch_size}, got {self.mini_batch_size}"
-            )
-        for name, kind, n in (("normalizer_line", "line", 4), ("normalizer_scalar", "scalar", 2)):
-            given = getattr(self, name)
-            if (given is not None) != (self.normalizer == kind) or len(given or [0] * n) != n:
-                raise UserError(
-                    f"{name}: expected {n} numbers with --normalizer {kind} and none without, "
-                    f"got {given} with --normalizer {self.normalizer}"
-                )
-
-    @property
-    def resumes(self) -> bool:
-        return str(self.resume_from_checkpoint).lower() not in ("", "none", "false", "no")
-
-
-def build_normalizer(config: PPOConfig, reward_model: Any) -> Any:
-    """The normaliser that ``config.normalizer`` names; None for none.
-
-    Raises UserError, naming the command that fits one, when the reward model has none.
-    """
-    if config.normalizer == "auto":
-        if reward_model.normalizer is None:
-            raise UserError(
-                f"normalizer: expected one in the config of reward model {config.reward_model}, "
-                f"got none; run segrlhf fit-normalizer --reward_model {config.reward_model} "
-                "--dataset_name <its training pairs>, or choose --normalizer running or none"
-            )
-        return reward_model.normalizer
-    if config.normalizer == "line":
-        return LocationNormalizer(*(config.normalizer_line or ()))
-    if config.normalizer == "scalar":
-        return ScalarNormalizer(*(config.normalizer_scalar or ()))
-    return RunningLocationNormalizer() if config.normalizer == "running" else None
-
-
-def starting_value_model(
-    config: PPOConfig, policy: ModelConfig, reward_model: SegmentRewardModel
-) -> SegmentRewardModel:
-    """A scalar head at every token, on what ``config.value_model`` names.
-
-    On a language model the head starts at 0; a reward model keeps its own.
-    """
-    if config.value_model == "reward":
-        return copy.deepcopy(reward_model)
-    options: dict[str, Any] = {
-        "dtype": torch.float32,
-        "attn_implementation": policy.attn_implementation,
-    }
-    if config.value_model == "policy":
-        model = SegmentRewardModel.from_causal_lm(
-            policy.model_name_or_path,
-            "token",
-            revision=policy.model_revision,
-            trust_remote_code=policy.trust_remote_code,
-            **options,
-        )
-        # Values drawn at random would drown the rewards in the first advantages.
-        nn.init.zeros_(model.score.weight)
-        return model
-    return SegmentRewardModel.from_pretrained(config.value_model, **options)
-
-
-def state_values(value_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """``[B, T]``: the value of the state before each token, read at the token in front of it."""
-    return F.pad(value_model(input_ids, attention_mask=attention_mask)[:, :-1], (1, 0))
-
-
-class PolicyAndValue(nn.Module):
-    """The two trained models as one module, so that one wrapper of accelerate serves both."""
-
-    policy: Any
-    value: Any
-
-    def __init__(self, policy: nn.Module, value: nn.Module) -> None:
-        super().__init__()
-        self.policy = policy
-        self.value = value
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        action_mask: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        **options: Any,
-    ) -> tuple[PolicyLoss, Tensor]:
-        """``modeling.policy_loss`` and the values ``[B, T]``: what an optimizer step needs."""
-        # The loss holds the gradient of the head's weight until the backward pass: it comes last.
-        values = state_values(self.value, input_ids, attention_mask)
-        loss = policy_loss(
-            self.policy,
-            input_ids,
-            attention_mask,
-            action_mask,
-            old_logprobs,
-            advantages,
-            **options,
-        )
-        return loss, values
-
-
-@dataclass(frozen=True)
-class Experience:
-    """One process's share of a batch of rollouts, and what PPO learns from; all ``[B, T]``."""
-
-    prompts: list[int]  # index of each row's prompt
-    rollout: Rollout
-    logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-class _Means:
-    """Named means whose numerators and denominators add up over micro-batches and processes."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        # Added on the device: copying a number there would wait for it.
-        pair = torch.stack([total.double(), torch.zeros_like(total, dtype=torch.float64) + count])
-        self.sums[name] = self.sums.get(name, 0.0) + pair
-
-    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
-        totals = accelerator.reduce(torch.stack(list(self.sums.values())), "sum")  # [names, 2]
-        return dict(zip(self.sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a flag, so that an update ends before the save."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            for kind in (signal.SIGINT, signal.SIGTERM):
-                self.before[kind] = signal.signal(kind, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self.before.items():
-            signal.signal(kind, handler)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt("stopped at once, without a new checkpoint")
-        self.asked = True
-        tqdm.write("interrupted: finishing this update and saving (again: stop at once)")
 
 
 def _mix(*parts: object) -> int:
     """A seed from several numbers or names; neighbours give unrelated seeds."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
-
-
-def _without_dropout(model: nn.Module) -> None:
-    """Ratios compare two passes over the same tokens, so both must be of the same function."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def _accelerator(config: PPOConfig) -> Accelerator:
@@ -431,7 +107,7 @@ class PPOTrainer:
         self.accelerator = _accelerator(config)
         self._check()
         if self.accelerator.is_main_process:
-            files.claim_output_dir(config.output_dir, resume=config.resumes)
+            claim_output_dir(config.output_dir, resume=config.resumes)
         for model in (policy, reward_model):
             check_vocabulary(model.config.get_text_config().vocab_size, tokenizer)
         device = self.accelerator.device
@@ -445,7 +121,7 @@ class PPOTrainer:
         self.reward_model = self._frozen(reward_model)
 
         self.module = PolicyAndValue(policy, value_model).float().to(device).requires_grad_(True)
-        _without_dropout(self.module)
+        without_dropout(self.module)
         if config.gradient_checkpointing:
             for model in (policy, value_model):
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -498,6 +174,7 @@ class PPOTrainer:
         return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     def _schedule(self) -> Callable[[int], float]:
+        # All are functions of the update alone, so that there is no state to save.
         scheduler = get_scheduler(
             self.config.lr_scheduler_type,
             torch.optim.SGD([torch.zeros(1)], lr=1.0),
@@ -516,7 +193,7 @@ class PPOTrainer:
     def train(self) -> list[dict[str, float]]:
         """Runs all updates that are left; returns the metrics of every logged update."""
         config, main = self.config, self.accelerator.is_main_process
-        checkpoint = files.resolve_resume(config.output_dir, config.resume_from_checkpoint)
+        checkpoint = resolve_resume(config.output_dir, config.resume_from_checkpoint)
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
         self._start_log()
@@ -525,7 +202,7 @@ class PPOTrainer:
         bar = tqdm(
             total=self.n_updates, initial=self.done, desc="ppo", unit="update", disable=not main
         )
-        with bar, _Interrupt() as interrupt:
+        with bar, Interrupt() as interrupt:
             while self.done < self.n_updates:
                 metrics = self._update()
                 self.done += 1
@@ -553,7 +230,7 @@ class PPOTrainer:
     def _update(self) -> dict[str, float]:
         """Rollouts, their rewards and advantages, and the optimizer steps on them."""
         config, started = self.config, time.perf_counter()
-        means = _Means()
+        means = Means()
         batch = self._sample()
         stats = self._read(batch[1])
         experience = self._reward(*batch, stats, means)
@@ -678,7 +355,7 @@ class PPOTrainer:
         return out
 
     def _reward(
-        self, prompts: list[int], rollout: Rollout, stats: dict[str, Tensor], means: _Means
+        self, prompts: list[int], rollout: Rollout, stats: dict[str, Tensor], means: Means
     ) -> Experience:
         config, mask = self.config, rollout.action_mask
         bad = torch.stack([(~x.isfinite() & mask).any(1) for x in stats.values()])
@@ -749,7 +426,7 @@ class PPOTrainer:
         stats: dict[str, Tensor],
         token_rewards: Tensor,
         kl: Tensor,
-        means: _Means,
+        means: Means,
     ) -> None:
         config, mask, rows = self.config, rollout.action_mask, len(rollout)
         in_segment = mask & (ends.flip(1).cumsum(1).flip(1) > 0)
@@ -784,7 +461,7 @@ class PPOTrainer:
 
     # ---- learning from them
 
-    def _step(self, experience: Experience, mini: int, means: _Means) -> None:
+    def _step(self, experience: Experience, mini: int, means: Means) -> None:
         """One optimizer step on minibatch ``mini``, in micro-batches."""
         config, accelerator, size = self.config, self.accelerator, self._rows_per_mini
         rows = slice(mini * size, (mini + 1) * size)
@@ -845,7 +522,7 @@ class PPOTrainer:
     def _count_tokens(
         self,
         mask: Tensor,
-        means: _Means,
+        means: Means,
         policy: PolicyLoss,
         old_logprobs: Tensor,
         values: Tensor,
@@ -953,11 +630,11 @@ class PPOTrainer:
     def save_checkpoint(self) -> Path:
         """``checkpoint-<updates done>``: all that a resumed run needs; one that is there stays."""
         path = Path(self.config.output_dir) / f"checkpoint-{self.done}"
-        if self.accelerator.is_main_process and not (path / files.COMPLETE).is_file():
+        if self.accelerator.is_main_process and not (path / COMPLETE).is_file():
             try:
                 with files.whole_dir(path) as part:
                     self._write_checkpoint(part)
-                    files.mark_complete(part, self.done)
+                    mark_complete(part, self.done)
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"checkpoint: expected to write {path}, got {error}; earlier checkpoints are "
@@ -1026,61 +703,3 @@ class PPOTrainer:
                 self.module.policy.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
         self.accelerator.wait_for_everyone()
-
-
-def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, Any]:
-    """``segrlhf ppo``: loads everything, trains, saves; returns the last logged metrics."""
-    state = PartialState(cpu=config.use_cpu)
-    if state.is_main_process:
-        files.claim_output_dir(config.output_dir, resume=config.resumes)
-    say = tqdm.write if state.is_main_process else (lambda _: None)
-
-    tokenizer = load_tokenizer(model)
-    check_same_tokenizer(tokenizer, load_tokenizer(config.reward_model))
-    prompts: dict[str, Any] = {"train": None, "eval": None}
-    for split in ("train", "eval") if config.eval_steps else ("train",):
-        with state.main_process_first():
-            rows = load_split(data, split)
-            if rows is not None:
-                prompts[split], report = tokenize_prompts(
-                    rows, tokenizer, max_prompt_length=config.max_prompt_length
-                )
-                say(f"{split} prompts: {report.summary()}")
-
-    reward_model = SegmentRewardModel.from_pretrained(
-        config.reward_model,
-        config.reward_granularity,
-        config.reward_threshold,
-        dtype=model.dtype,
-        attn_implementation=model.attn_implementation,
-    )
-    entropy_model = None
-    named = config.entropy_model or reward_model.entropy_model
-    if reward_model.granularity == "segment":
-        if named in (None, "policy") or _same_model(named, model.model_name_or_path):
-            say(f"segments: by the entropy of {model.model_name_or_path}, the reference policy")
-        else:
-            say(f"segments: by the entropy of {named}, which is not the reference policy")
-            check_same_tokenizer(tokenizer, load_tokenizer(named))
-            entropy_model = load_causal_lm(dataclasses.replace(model, model_name_or_path=named))
-    trainer = PPOTrainer(
-        load_causal_lm(dataclasses.replace(model, dtype="float32")),
-        reward_model,
-        tokenizer,
-        prompts["train"],
-        config,
-        eval_prompts=prompts["eval"],
-        value_model=starting_value_model(config, model, reward_model),
-        entropy_model=entropy_model,
-    )
-    history = trainer.train()
-    say(f"policy saved in {config.output_dir}")
-    # end_training joins gloo's threads with the GIL held, while one that is still dropping the last
-    # collective's tensors waits for the GIL; asleep, this thread lets it have it.
-    time.sleep(0.1)
-    trainer.accelerator.end_training()
-    return history[-1]
-
-
-def _same_model(name: str, other: str) -> bool:
-    return name == other or (Path(name).exists() and Path(name).resolve() == Path(other).resolve())

@@ -17,10 +17,18 @@ from tqdm.auto import tqdm
 from segkernels import segment_scores
 from segkernels.normalizer import segment_positions
 
-from . import data as pair_data
-from . import files, modeling, report, reward_trainer, segmenter
+from . import report
 from .configs import DataConfig
+from .data.batch import pad_responses
+from .data.load import load_rows
+from .data.render import Renderer, split_pair
+from .entropy_cache import SIDES, entropies, load_entropy_model
 from .errors import NonFiniteError, UserError
+from .models.loading import load_tokenizer
+from .models.reward_model import SegmentRewardModel
+from .reward.run import trained_with
+from .runtime import files
+from .runtime.distributed import processes, say
 
 
 @dataclass
@@ -80,17 +88,17 @@ class Response:
     entropy: np.ndarray | None = None
 
 
-def load_reward_model(config: RewardModelConfig) -> modeling.SegmentRewardModel:
+def load_reward_model(config: RewardModelConfig) -> SegmentRewardModel:
     """The frozen reward model on this process's device; UserError for a granularity that is not
     its own."""
-    model = modeling.SegmentRewardModel.from_pretrained(
+    model = SegmentRewardModel.from_pretrained(
         config.reward_model, config.granularity, config.entropy_threshold, dtype=config.dtype
     )
     model.granularity  # noqa: B018 - raises where nobody says
-    return model.to(segmenter.processes().device).eval().requires_grad_(False)
+    return model.to(processes().device).eval().requires_grad_(False)
 
 
-def entropy_model_name(model: modeling.SegmentRewardModel, config: RewardModelConfig) -> str:
+def entropy_model_name(model: SegmentRewardModel, config: RewardModelConfig) -> str:
     """Name of the LM that divides text for a segment model; UserError where none is known."""
     name = config.entropy_model or model.entropy_model
     if name is None:
@@ -103,7 +111,7 @@ def entropy_model_name(model: modeling.SegmentRewardModel, config: RewardModelCo
 
 def limits(config: RewardModelConfig) -> tuple[int, int]:
     """(max_length, max_prompt_length): as given, else as in the reward model's training."""
-    known = reward_trainer.trained_with(config.reward_model)
+    known = trained_with(config.reward_model)
     return (
         config.max_length or known["max_length"],
         config.max_prompt_length or known["max_prompt_length"],
@@ -112,14 +120,14 @@ def limits(config: RewardModelConfig) -> tuple[int, int]:
 
 @torch.inference_mode()
 def score_responses(
-    model: modeling.SegmentRewardModel, responses: Sequence[Response], batch_size: int
+    model: SegmentRewardModel, responses: Sequence[Response], batch_size: int
 ) -> list[Scored]:
     """The segments of each response, in order; a forward takes ``batch_size`` of similar length.
 
     Under torchrun or accelerate the processes share the work and each returns everything. Raises
     NonFiniteError naming the first response with a NaN or infinite segment reward.
     """
-    state = segmenter.processes()
+    state = processes()
     order = sorted(
         range(len(responses)), key=lambda i: -len(responses[i].prompt_ids) - len(responses[i].ids)
     )
@@ -128,7 +136,7 @@ def score_responses(
     found: list[tuple[int, Scored]] = []
     for batch in tqdm(batches, desc="rewards", disable=not state.is_main_process):
         rows = [responses[i] for i in batch]
-        ids, attention, mask = segmenter.pad_responses(
+        ids, attention, mask = pad_responses(
             [row.prompt_ids for row in rows], [row.ids for row in rows], model.device
         )
         rewards = model(input_ids=ids, attention_mask=attention)
@@ -175,11 +183,11 @@ def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) ->
             "dataset: expected the columns prompt and response, or chosen and rejected, got "
             f"{', '.join(rows.column_names)}; rename the columns"
         )
-    renderer = pair_data.Renderer(tokenizer)
+    renderer = Renderer(tokenizer)
     out = _Rows([], [], 0)
     for number, row in enumerate(rows):
         if pairs:
-            prompt, *texts = pair_data.split_pair(row)
+            prompt, *texts = split_pair(row)
         else:
             prompt, texts = row["prompt"], [row["response"]]
         if not all(texts):
@@ -190,7 +198,7 @@ def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) ->
         if not prompt_ids or len(prompt_ids) > max_prompt_length or room <= 0:
             out.skipped += 1
             continue
-        for label, response in zip(segmenter.SIDES if pairs else (None,), ids, strict=True):
+        for label, response in zip(SIDES if pairs else (None,), ids, strict=True):
             name = f"row {number}" + (f" ({label})" if label else "")
             kept = response[:room]
             out.responses.append(Response(name, prompt_ids, kept, len(kept) == len(response)))
@@ -241,8 +249,8 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     if output.exists():
         raise UserError(f"output: expected a new file, got {output}, which exists; choose another")
     model = load_reward_model(config)
-    tokenizer = modeling.load_tokenizer(config.reward_model)
-    split = pair_data.load_rows(data.dataset_name, data.dataset_train_split, data.dataset_config)
+    tokenizer = load_tokenizer(config.reward_model)
+    split = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_config)
     if data.max_samples is not None:
         split = split.select(range(min(data.max_samples, len(split))))
     rows = _read(split, tokenizer, *limits(config))
@@ -251,7 +259,7 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     scored = score_responses(model, rows.responses, config.batch_size)
 
     normalizer = model.normalizer
-    reduction = reward_trainer.trained_with(config.reward_model)["score_reduction"]
+    reduction = trained_with(config.reward_model)["score_reduction"]
     lines = []
     for response, note, one in zip(rows.responses, rows.notes, scored, strict=True):
         text, spans = pieces(tokenizer, response.ids, one.ends)
@@ -280,7 +288,7 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
                 ],
             }
         )
-    if segmenter.processes().is_main_process:
+    if processes().is_main_process:
         if output.suffix == ".html":
             page = [
                 {
@@ -304,11 +312,11 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
             np.array([line["score"] for line in lines]),
             np.array([len(response.ids) for response in rows.responses]),
         )
-        segmenter.say(
+        say(
             f"accuracy {result['accuracy']:.3f} on {len(lines) // 2} pairs; 'the longer response "
             f"wins' is right for {result['longer_wins']:.3f} of them"
         )
-    segmenter.say(
+    say(
         f"{len(lines)} responses scored, {rows.skipped} rows skipped (empty response, or a prompt "
         f"that is empty or too long): {output}"
     )
@@ -317,15 +325,15 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
 
 def _add_entropies(responses: list[Response], name: str, batch_size: int) -> None:
     """Fills ``entropy`` of every response; the processes share the work."""
-    state = segmenter.processes()
-    model = segmenter.load_entropy_model(name)
+    state = processes()
+    model = load_entropy_model(name)
     order = sorted(range(len(responses)), key=lambda i: -len(responses[i].ids))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches = batches[state.process_index :: state.num_processes]
     found: list[tuple[int, np.ndarray]] = []
     for batch in tqdm(batches, desc="entropies", disable=not state.is_main_process):
         rows = [responses[i] for i in batch]
-        computed = segmenter.entropies(
+        computed = entropies(
             model, [r.prompt_ids for r in rows], [r.ids for r in rows], [r.name for r in rows]
         )
         found += zip(batch, computed, strict=True)

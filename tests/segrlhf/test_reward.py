@@ -16,9 +16,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
 
 from segkernels import segment_bradley_terry
-from segrlhf import cli, data, files, modeling, reward_trainer, segmenter
+from segrlhf import cli
+from segrlhf.data.batch import PairCollator
+from segrlhf.data.tokenize import tokenize_pairs
+from segrlhf.entropy_cache import Pairs
 from segrlhf.errors import NonFiniteError, UserError
-from segrlhf.reward_trainer import RewardConfig, SegmentRewardTrainer
+from segrlhf.models.loading import load_tokenizer
+from segrlhf.models.reward_model import SegmentRewardModel
+from segrlhf.reward import run as reward_run
+from segrlhf.reward import trainer
+from segrlhf.reward.config import RewardConfig
+from segrlhf.reward.run import run, trained_with
+from segrlhf.reward.trainer import SegmentRewardTrainer
+from segrlhf.runtime.checkpoints import COMPLETE, last_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -66,16 +76,9 @@ def train(flags):
     """Runs the command in this process; its result."""
 
     def train(output="rm", **changes):
-        return reward_trainer.run(*cli.parse("reward", flags(output, **changes)))
+        return run(*cli.parse("reward", flags(output, **changes)))
 
     return train
-
-
-@pytest.fixture(scope="module")
-def pairs(pair_rows, tokenizer):
-    return data.tokenize_pairs(
-        Dataset.from_list(pair_rows), tokenizer, max_length=48, max_prompt_length=40
-    )[0]
 
 
 @pytest.fixture
@@ -96,14 +99,14 @@ def make_trainer(tiny_lm_dir, tokenizer, pairs, tmp_path):
         }
         config = RewardConfig(**settings)
         set_seed(config.seed)
-        model = modeling.SegmentRewardModel.from_causal_lm(
+        model = SegmentRewardModel.from_causal_lm(
             tiny_lm_dir, config.granularity, config.entropy_threshold
         )
         return SegmentRewardTrainer(
             model,
             config,
-            train_dataset=segmenter.Pairs(rows),
-            eval_dataset=segmenter.Pairs(eval_rows) if eval_rows is not None else None,
+            train_dataset=Pairs(rows),
+            eval_dataset=Pairs(eval_rows) if eval_rows is not None else None,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
@@ -140,16 +143,16 @@ def test_learns_and_leaves_a_whole_model(train, tmp_path, granularity):
     losses = [loss for (loss,) in logged(result, "loss")]
     assert losses[-1] < losses[0]
     assert result["metrics"]["eval_accuracy"] > 0.8
-    model = modeling.SegmentRewardModel.from_pretrained(tmp_path / "rm")
+    model = SegmentRewardModel.from_pretrained(tmp_path / "rm")
     assert model.granularity == granularity
     assert model.entropy_threshold == (3.0 if granularity == "segment" else None)
     per_response = result["history"][0]["segments/per_response"]
     assert (per_response == 1) == (granularity == "bandit")
-    assert modeling.load_tokenizer(tmp_path / "rm").eos_token == "</s>"
+    assert load_tokenizer(tmp_path / "rm").eos_token == "</s>"
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     assert plain.num_labels == 1
     assert not list((tmp_path / "rm").glob(".*"))
-    assert reward_trainer.trained_with(tmp_path / "rm")["max_length"] == 48
+    assert trained_with(tmp_path / "rm")["max_length"] == 48
 
 
 def test_segments_come_from_the_entropy_model_named(train, tiny_lm_dir, tmp_path):
@@ -165,7 +168,7 @@ def test_lora_is_merged_into_a_whole_model(train, tmp_path):
     names = weights(tmp_path / "rm").keys()
     assert "score.weight" in names
     assert not any("lora" in name for name in names)
-    model = modeling.SegmentRewardModel.from_pretrained(tmp_path / "rm")
+    model = SegmentRewardModel.from_pretrained(tmp_path / "rm")
     assert model.granularity == "segment"
     assert result["metrics"]["eval_accuracy"] > 0.8
 
@@ -179,7 +182,7 @@ def test_lora_resumes_with_the_same_bits(train, tmp_path):
 
 
 def test_lora_is_not_sharded(train, monkeypatch):
-    monkeypatch.setattr(reward_trainer, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(reward_run, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UserError, match=r"use_peft: expected whole weights on every process"):
         train(use_peft=True)
 
@@ -203,7 +206,7 @@ def test_loss_and_metrics_are_those_of_the_batch(make_trainer, pairs, tokenizer)
         center_rewards_coefficient=0.01,
         score_reduction="sum",
     )
-    batch = data.PairCollator(tokenizer.pad_token_id)(rows)
+    batch = PairCollator(tokenizer.pad_token_id)(rows)
     with torch.no_grad():
         rewards = trainer.model(batch["input_ids"], batch["attention_mask"])
     mask = batch["action_mask"]
@@ -250,7 +253,7 @@ def test_evaluation_is_exact_and_stands_beside_longer_wins(make_trainer, pairs, 
     rows = pairs.select(range(7))
     trainer = make_trainer(eval_rows=rows)
     found = trainer.evaluate()
-    batch = trainer.data_collator([segmenter.Pairs(rows)[i] for i in range(7)])
+    batch = trainer.data_collator([Pairs(rows)[i] for i in range(7)])
     with torch.no_grad():
         result, ends, mask = trainer._forward(trainer.model, batch)
     lengths = mask.sum(1).view(2, -1)
@@ -292,7 +295,7 @@ def test_two_processes_equal_one(flags, train, tmp_path, pairs_file, write_jsonl
         timeout=300,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr[-3000:]
-    last = files.last_checkpoint(tmp_path / "two")
+    last = last_checkpoint(tmp_path / "two")
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     assert_close_runs(one, {"history": history}, tmp_path / "one", tmp_path / "two")
     ours = [log for log in one["history"] if "eval_loss" in log]
@@ -315,7 +318,7 @@ def test_kill_then_resume_ends_with_the_same_bits(flags, train, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    marker = tmp_path / "killed" / "checkpoint-10" / files.COMPLETE
+    marker = tmp_path / "killed" / "checkpoint-10" / COMPLETE
     deadline = time.time() + 240
     while not marker.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
@@ -332,7 +335,7 @@ def interrupt_at(monkeypatch, step):
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(reward_trainer._Guard, "on_step_begin", on_step_begin, raising=False)
+    monkeypatch.setattr(trainer._Guard, "on_step_begin", on_step_begin, raising=False)
 
 
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(
@@ -347,7 +350,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(
     said = capsys.readouterr().err
     assert "stopped after step 5" in said
     assert "go on with --resume_from_checkpoint true" in said
-    assert files.last_checkpoint(tmp_path / "rm").name == "checkpoint-5"
+    assert last_checkpoint(tmp_path / "rm").name == "checkpoint-5"
     assert not (tmp_path / "rm" / "model.safetensors").exists()
     train(save_strategy="no", resume_from_checkpoint="true")
     assert_same_bits(tmp_path / "rm", tmp_path / "whole")
@@ -398,9 +401,9 @@ def poison(model, row_text, tokenizer, value=math.nan):
 def with_a_star(pair_rows, tokenizer):
     rows = [dict(row) for row in pair_rows]
     rows[9]["rejected"] += "*"
-    return data.tokenize_pairs(
-        Dataset.from_list(rows), tokenizer, max_length=48, max_prompt_length=40
-    )[0]
+    return tokenize_pairs(Dataset.from_list(rows), tokenizer, max_length=48, max_prompt_length=40)[
+        0
+    ]
 
 
 def test_non_finite_loss_stops_with_step_rows_and_checkpoint(
@@ -423,7 +426,7 @@ def test_non_finite_loss_stops_with_step_rows_and_checkpoint(
         trainer.train()
     assert str(tmp_path / "out" / "checkpoint-2") in str(e.value)
     assert "Tell me about snow:" in str(e.value)
-    saved = weights(files.last_checkpoint(tmp_path / "out"))
+    saved = weights(last_checkpoint(tmp_path / "out"))
     assert torch.equal(saved["score.weight"], weights_after[2])
     assert all(weight.isfinite().all() for weight in saved.values())
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
@@ -436,7 +439,7 @@ def test_non_finite_loss_in_the_first_step_saves_nothing(
     poison(trainer.model, "*", tokenizer)
     with pytest.raises(NonFiniteError, match=r"step 1, rows 9 .*nothing to save"):
         trainer.train()
-    assert files.last_checkpoint(tmp_path / "out") is None
+    assert last_checkpoint(tmp_path / "out") is None
 
 
 def test_infinite_scores_stop_even_where_the_loss_is_finite(make_trainer, with_a_star, tokenizer):
@@ -458,7 +461,7 @@ def test_non_finite_gradient_never_reaches_the_weights(make_trainer, pairs, tmp_
     with pytest.raises(NonFiniteError, match=r"gradient norm: .* step 3, rows 8, 9, 10, 11 of"):
         trainer.train()
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
-    assert files.last_checkpoint(tmp_path / "out").name == "checkpoint-2"
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-2"
 
 
 def test_non_finite_evaluation_names_the_rows(make_trainer, with_a_star, tokenizer):
@@ -490,7 +493,7 @@ def test_disk_full_in_a_checkpoint_keeps_the_earlier_one(
     assert "checkpoint-2" in said
     assert "--resume_from_checkpoint true" in said
     assert not (tmp_path / "rm" / "checkpoint-4").exists()
-    assert files.last_checkpoint(tmp_path / "rm").name == "checkpoint-2"
+    assert last_checkpoint(tmp_path / "rm").name == "checkpoint-2"
     train(save_steps=2, resume_from_checkpoint="true")
     train("whole", save_steps=2)
     assert_same_bits(tmp_path / "rm", tmp_path / "whole")
@@ -507,20 +510,20 @@ def test_disk_full_keeps_a_checkpoint_of_the_same_step(train, tmp_path, monkeypa
     with pytest.raises(OSError, match="disk full while saving checkpoint-8"):
         train(save_steps=4, max_steps=8, resume_from_checkpoint=tmp_path / "rm" / "checkpoint-4")
     assert (tmp_path / "rm" / "checkpoint-8" / "model.safetensors").read_bytes() == before
-    assert files.last_checkpoint(tmp_path / "rm").name == "checkpoint-8"
+    assert last_checkpoint(tmp_path / "rm").name == "checkpoint-8"
 
 
 def test_disk_full_in_the_final_save_keeps_what_was_there(train, tmp_path, monkeypatch):
     train(save_steps=4, max_steps=4)
     before = (tmp_path / "rm" / "model.safetensors").read_bytes()
-    real = modeling.SegmentRewardModel.save_pretrained
+    real = SegmentRewardModel.save_pretrained
 
     def full(self, directory, *args, **kwargs):
         if "checkpoint" in str(directory):
             return real(self, directory, *args, **kwargs)
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(modeling.SegmentRewardModel, "save_pretrained", full)
+    monkeypatch.setattr(SegmentRewardModel, "save_pretrained", full)
     with pytest.raises(OSError, match=r"disk full while saving the final model in .*checkpoint-8"):
         train(save_steps=4, max_steps=8, resume_from_checkpoint="true")
     assert (tmp_path / "rm" / "model.safetensors").read_bytes() == before
@@ -531,7 +534,7 @@ def test_old_checkpoints_go_when_the_new_one_is_complete(train, tmp_path):
     train(save_steps=2, max_steps=8, save_total_limit=2)
     left = sorted(path.name for path in (tmp_path / "rm").glob("checkpoint-*"))
     assert left == ["checkpoint-6", "checkpoint-8"]
-    assert all((tmp_path / "rm" / name / files.COMPLETE).is_file() for name in left)
+    assert all((tmp_path / "rm" / name / COMPLETE).is_file() for name in left)
 
 
 # Bad input

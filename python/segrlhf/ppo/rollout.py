@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .data import pad_token_id
-from .errors import NonFiniteError, UserError
+from ..data.render import pad_token_id
+from ..errors import NonFiniteError, UserError
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,15 @@ import pytest
 import torch
 
 from segkernels import LocationNormalizer
-from segrlhf import cli, data, evaluate, modeling, reward_trainer
-from segrlhf.configs import DataConfig
+from segrlhf import cli
+from segrlhf.configs import DataConfig, ModelConfig
+from segrlhf.data.render import Renderer
 from segrlhf.errors import NonFiniteError, UserError
-from segrlhf.evaluate import ScoreConfig
+from segrlhf.models.lm_head import token_stats
+from segrlhf.models.loading import load_causal_lm
+from segrlhf.models.reward_model import SegmentRewardModel
+from segrlhf.reward.trainer import RUN_FILE
+from segrlhf.score import ScoreConfig, run
 
 
 @pytest.fixture
@@ -16,7 +21,7 @@ def make_rm(tiny_lm_dir, tokenizer, tmp_path):
     """Saves an untrained reward model."""
 
     def make(granularity="segment", normalizer=None, run=None):
-        model = modeling.SegmentRewardModel.from_causal_lm(
+        model = SegmentRewardModel.from_causal_lm(
             tiny_lm_dir,
             granularity,
             3.0 if granularity == "segment" else None,
@@ -27,7 +32,7 @@ def make_rm(tiny_lm_dir, tokenizer, tmp_path):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         if run:
-            (path / reward_trainer.RUN_FILE).write_text(json.dumps(run))
+            (path / RUN_FILE).write_text(json.dumps(run))
         return path
 
     return make
@@ -37,7 +42,7 @@ def make_rm(tiny_lm_dir, tokenizer, tmp_path):
 def score(tmp_path):
     def score(rm, rows, output="scores.jsonl", **changes):
         config = ScoreConfig(reward_model=str(rm), output=str(tmp_path / output), **changes)
-        result = evaluate.run(DataConfig(str(rows)), config)
+        result = run(DataConfig(str(rows)), config)
         text = (tmp_path / output).read_text()
         return result, [
             json.loads(line) for line in text.splitlines()
@@ -56,15 +61,15 @@ def test_pairs_are_scored_segment_by_segment(
     assert [line["label"] for line in lines[:4]] == ["chosen", "rejected"] * 2
     assert [line["id"] for line in lines[:4]] == [0, 0, 1, 1]
 
-    model = modeling.SegmentRewardModel.from_pretrained(rm)
-    causal = modeling.load_causal_lm(evaluate.segmenter.ModelConfig(model.entropy_model))
+    model = SegmentRewardModel.from_pretrained(rm)
+    causal = load_causal_lm(ModelConfig(model.entropy_model))
     line, row = lines[5], pair_rows[2]
     assert (line["prompt"], line["response"]) == (row["prompt"], row["rejected"])
-    prompt, (ids,) = data.Renderer(tokenizer).pair(row["prompt"], [row["rejected"]])
+    prompt, (ids,) = Renderer(tokenizer).pair(row["prompt"], [row["rejected"]])
     batch = torch.tensor([prompt + ids])
     mask = torch.arange(batch.shape[1])[None] >= len(prompt)
     with torch.no_grad():
-        _, entropy = modeling.token_stats(causal, batch, torch.ones_like(batch), mask)
+        _, entropy = token_stats(causal, batch, torch.ones_like(batch), mask)
         rewards = model(batch)
     at_ends = rewards[model.segment_ends(entropy, mask)]
     found = torch.tensor([segment["reward"] for segment in line["segments"]])
@@ -142,14 +147,14 @@ def test_a_segment_model_needs_its_entropy_model(make_rm, score, pairs_file):
 
 
 def test_non_finite_rewards_name_the_row(make_rm, score, pairs_file, monkeypatch):
-    real = modeling.SegmentRewardModel.forward
+    real = SegmentRewardModel.forward
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
         rewards = real(self, input_ids, attention_mask, **kwargs)
         never = (input_ids == 46).any(1)  # the byte "O" of "Of course"
         return torch.where(never[:, None], math.nan, rewards)
 
-    monkeypatch.setattr(modeling.SegmentRewardModel, "forward", forward)
+    monkeypatch.setattr(SegmentRewardModel, "forward", forward)
     with pytest.raises(NonFiniteError, match=r"got nan at segment 0 of row \d+ \(chosen\)"):
         score(make_rm(), pairs_file)
 

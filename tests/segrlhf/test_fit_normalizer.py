@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from segkernels import LocationNormalizer, ScalarNormalizer, TableNormalizer
-from segrlhf import cli, evaluate, modeling, normalizer_fit, reward_trainer, segmenter
+from segkernels.normalizer import fit_location
+from segrlhf import cli, entropy_cache, fit_normalizer, score
 from segrlhf.configs import DataConfig
+from segrlhf.entropy_cache import EntropyCache
 from segrlhf.errors import NonFiniteError, UserError
-from segrlhf.normalizer_fit import FitConfig
+from segrlhf.fit_normalizer import FitConfig, choose
+from segrlhf.models.reward_model import SegmentRewardModel
+from segrlhf.reward.trainer import RUN_FILE
+from segrlhf.score import ScoreConfig
 
 
 @pytest.fixture
@@ -17,7 +22,7 @@ def make_rm(tiny_lm_dir, tokenizer, tmp_path):
     """Saves an untrained reward model as its training would."""
 
     def make(granularity="segment"):
-        model = modeling.SegmentRewardModel.from_causal_lm(
+        model = SegmentRewardModel.from_causal_lm(
             tiny_lm_dir,
             granularity,
             3.0 if granularity == "segment" else None,
@@ -27,7 +32,7 @@ def make_rm(tiny_lm_dir, tokenizer, tmp_path):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         limits = {"max_length": 48, "max_prompt_length": 40, "score_reduction": "mean"}
-        (path / reward_trainer.RUN_FILE).write_text(json.dumps(limits))
+        (path / RUN_FILE).write_text(json.dumps(limits))
         return path
 
     return make
@@ -39,7 +44,7 @@ def fit(pairs_file, tmp_path):
         config = FitConfig(
             reward_model=str(rm), entropy_cache_dir=str(tmp_path / "cache"), **changes
         )
-        return normalizer_fit.run(DataConfig(str(rows)), config)
+        return fit_normalizer.run(DataConfig(str(rows)), config)
 
     return fit
 
@@ -52,21 +57,21 @@ def test_fits_all_segment_rewards_and_writes_them_beside_the_model(
     config = json.loads((rm / "config.json").read_text())
     result = fit(rm)
 
-    score = evaluate.ScoreConfig(reward_model=str(rm), output=str(tmp_path / "scores.jsonl"))
-    evaluate.run(DataConfig(str(pairs_file)), score)
+    scoring = ScoreConfig(reward_model=str(rm), output=str(tmp_path / "scores.jsonl"))
+    score.run(DataConfig(str(pairs_file)), scoring)
     lines = [json.loads(x) for x in (tmp_path / "scores.jsonl").read_text().splitlines()]
     rewards = [segment["reward"] for line in lines for segment in line["segments"]]
     positions = [
         (k + 1) / len(line["segments"]) for line in lines for k in range(len(line["segments"]))
     ]
     assert result["n_segments"] == len(rewards) == sum(result["counts"])
-    expected = normalizer_fit.fit_location(
+    expected = fit_location(
         torch.tensor(positions, dtype=torch.float64), torch.tensor(rewards, dtype=torch.float64)
     )
     assert result["r2_mean"] == pytest.approx(expected.r2_mean, abs=1e-3)
     assert result["means"] == pytest.approx(expected.means.tolist(), abs=1e-4)
 
-    model = modeling.SegmentRewardModel.from_pretrained(rm)
+    model = SegmentRewardModel.from_pretrained(rm)
     assert model.normalizer.to_dict() == result["normalizer"]
     assert model.normalizer == expected.best.__class__(
         **{k: v for k, v in result["normalizer"].items() if k != "type"}
@@ -86,15 +91,15 @@ def test_the_form_may_be_chosen(make_rm, fit, kind):
     rm = make_rm("token")
     assert fit(rm, kind=kind)["kind"] == kind
     kinds = {"line": LocationNormalizer, "table": TableNormalizer, "scalar": ScalarNormalizer}
-    assert isinstance(modeling.SegmentRewardModel.from_pretrained(rm).normalizer, kinds[kind])
+    assert isinstance(SegmentRewardModel.from_pretrained(rm).normalizer, kinds[kind])
 
 
 def test_auto_takes_the_table_where_the_line_explains_less_than_half():
     scalar = ScalarNormalizer(0.0, 1.0)
     for r2, best in ((0.4, "table"), (0.6, "line")):
         fit = SimpleNamespace(line="line", table="table", best=best, r2_mean=r2)
-        assert normalizer_fit.choose("auto", "segment", fit, scalar) == best
-    assert normalizer_fit.choose("auto", "bandit", fit, scalar) is scalar
+        assert choose("auto", "segment", fit, scalar) == best
+    assert choose("auto", "bandit", fit, scalar) is scalar
 
 
 def test_a_bandit_model_gets_the_mean_and_std_of_its_rewards(make_rm, fit):
@@ -113,7 +118,7 @@ def test_the_training_cache_is_read(
     def loaded(*args, **kwargs):
         raise AssertionError("the entropy model was loaded")
 
-    monkeypatch.setattr(modeling, "load_causal_lm", loaded)
+    monkeypatch.setattr(entropy_cache, "load_causal_lm", loaded)
     assert fit(rm)["means"] == whole["means"]
     part = fit(rm, max_pairs=5, seed=1)
     assert part["n_pairs"] == 5
@@ -125,7 +130,7 @@ def test_without_a_cache_only_the_sample_is_computed(make_rm, fit, tmp_path):
     rm = make_rm()
     fresh = fit(rm, max_pairs=5, seed=1)
     (meta,) = (tmp_path / "cache").glob("*/meta.json")
-    assert len(segmenter.EntropyCache(meta.parent)) == 5
+    assert len(EntropyCache(meta.parent)) == 5
     fit(rm)
     assert fit(rm, max_pairs=5, seed=1)["means"] == pytest.approx(fresh["means"], abs=1e-5)
 
@@ -133,13 +138,13 @@ def test_without_a_cache_only_the_sample_is_computed(make_rm, fit, tmp_path):
 def test_non_finite_rewards_name_the_row_and_write_nothing(make_rm, fit, monkeypatch):
     rm = make_rm()
     before = (rm / "config.json").read_bytes()
-    real = modeling.SegmentRewardModel.forward
+    real = SegmentRewardModel.forward
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
         rewards = real(self, input_ids, attention_mask, **kwargs)
         return torch.where((input_ids == 46).any(1)[:, None], math.inf, rewards)
 
-    monkeypatch.setattr(modeling.SegmentRewardModel, "forward", forward)
+    monkeypatch.setattr(SegmentRewardModel, "forward", forward)
     with pytest.raises(NonFiniteError, match=r"got inf at segment 0 of row \d+ \(chosen\)"):
         fit(rm)
     assert (rm / "config.json").read_bytes() == before

@@ -15,16 +15,30 @@ import torch
 
 from segkernels.normalizer import LocationFit, Normalizer, ScalarNormalizer, fit_location
 
-from . import data as pair_data
-from . import evaluate, files, modeling, report, segmenter
+from . import report
 from .configs import DataConfig
+from .data.load import load_split
+from .data.tokenize import tokenize_pairs
+from .entropy_cache import SIDES, EntropyCache, build_entropy_cache, cache_directory, describe
 from .errors import UserError
+from .models.loading import load_tokenizer
+from .models.reward_model import SegmentRewardModel
+from .runtime import files
+from .runtime.distributed import processes, say
+from .score import (
+    Response,
+    RewardModelConfig,
+    entropy_model_name,
+    limits,
+    load_reward_model,
+    score_responses,
+)
 
 FIT_FILE, PLOT_FILE = "normalizer.json", "normalizer.svg"
 
 
 @dataclass
-class FitConfig(evaluate.RewardModelConfig):
+class FitConfig(RewardModelConfig):
     """Arguments of ``segrlhf fit-normalizer``."""
 
     kind: Literal["auto", "line", "table", "scalar"] = field(
@@ -52,14 +66,14 @@ def choose(kind: str, granularity: str, fit: LocationFit, scalar: ScalarNormaliz
 
 
 def fit_responses(
-    model: modeling.SegmentRewardModel,
-    responses: list[evaluate.Response],
+    model: SegmentRewardModel,
+    responses: list[Response],
     kind: str = "auto",
     batch_size: int = 16,
 ) -> tuple[Normalizer, dict[str, Any]]:
     """The normaliser that ``kind`` names, fitted to all segments of ``responses``; both forms and
     the curves behind them as ``run`` describes, without ``n_pairs``."""
-    scored = evaluate.score_responses(model, responses, batch_size)
+    scored = score_responses(model, responses, batch_size)
     positions = torch.from_numpy(np.concatenate([s.positions for s in scored]))
     rewards = torch.from_numpy(np.concatenate([s.rewards for s in scored])).double()
     fit = fit_location(positions, rewards)
@@ -101,16 +115,16 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
         )
     if config.max_pairs < 1:
         raise UserError(f"max_pairs: expected at least 1, got {config.max_pairs}")
-    model = evaluate.load_reward_model(config)
-    tokenizer = modeling.load_tokenizer(config.reward_model)
-    max_length, max_prompt_length = evaluate.limits(config)
-    pairs, data_report = pair_data.tokenize_pairs(
-        pair_data.load_split(data, "train"),
+    model = load_reward_model(config)
+    tokenizer = load_tokenizer(config.reward_model)
+    max_length, max_prompt_length = limits(config)
+    pairs, data_report = tokenize_pairs(
+        load_split(data, "train"),
         tokenizer,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
     )
-    segmenter.say(data_report.summary())
+    say(data_report.summary())
     sample = range(len(pairs))
     if len(pairs) > config.max_pairs:
         draw = np.random.default_rng(config.seed).permutation(len(pairs))
@@ -118,10 +132,10 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
     rows = _responses(model, tokenizer, pairs, sample, config)
     chosen, result = fit_responses(model, rows, config.kind, config.batch_size)
     result["n_pairs"] = len(sample)
-    if segmenter.processes().is_main_process:
+    if processes().is_main_process:
         write(directory, model, chosen, result)
     line, scalar = result["line"], result["scalar"]
-    segmenter.say(
+    say(
         f"{result['n_segments']:,} segment rewards of {len(sample):,} pairs at "
         f"{len(result['positions']):,} positions; mean {scalar['mean']:.4f}, "
         f"std {scalar['std']:.4f}\n"
@@ -136,17 +150,17 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
 
 
 def _responses(
-    model: modeling.SegmentRewardModel, tokenizer: Any, pairs: Any, sample: Any, config: FitConfig
-) -> list[evaluate.Response]:
+    model: SegmentRewardModel, tokenizer: Any, pairs: Any, sample: Any, config: FitConfig
+) -> list[Response]:
     cache, index = None, {row: row for row in sample}
     if model.granularity == "segment":
-        name = evaluate.entropy_model_name(model, config)
+        name = entropy_model_name(model, config)
         cache_dir = config.entropy_cache_dir
-        directory = segmenter.cache_directory(name, tokenizer, pairs, cache_dir=cache_dir)
-        if (directory / "meta.json").is_file() and segmenter.EntropyCache(directory).complete:
-            cache = segmenter.EntropyCache(directory)
+        directory = cache_directory(name, tokenizer, pairs, cache_dir=cache_dir)
+        if (directory / "meta.json").is_file() and EntropyCache(directory).complete:
+            cache = EntropyCache(directory)
         else:
-            cache = segmenter.build_entropy_cache(
+            cache = build_entropy_cache(
                 name,
                 tokenizer,
                 pairs.select(sample),
@@ -157,10 +171,10 @@ def _responses(
     out = []
     for row in sample:
         pair = pairs[row]
-        for k, side in enumerate(segmenter.SIDES):
+        for k, side in enumerate(SIDES):
             out.append(
-                evaluate.Response(
-                    segmenter.describe(2 * row + k),
+                Response(
+                    describe(2 * row + k),
                     pair["prompt_ids"],
                     pair[f"{side}_ids"],
                     pair[f"{side}_terminated"],
@@ -172,7 +186,7 @@ def _responses(
 
 def write(
     directory: Path,
-    model: modeling.SegmentRewardModel,
+    model: SegmentRewardModel,
     normalizer: Normalizer,
     result: dict[str, Any],
 ) -> None:
