@@ -6,7 +6,7 @@ Source: arXiv 2501.02790, section 3 (location-aware normalisers).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 from segkernels.normalizer import LocationFit, Normalizer, ScalarNormalizer, fit_location
 
 from . import report
-from .configs import DataConfig
+from .configs import DataConfig, flag
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
 from .entropy_cache import SIDES, EntropyCache, build_entropy_cache, cache_directory, describe
@@ -41,20 +41,15 @@ FIT_FILE, PLOT_FILE = "normalizer.json", "normalizer.svg"
 class FitConfig(RewardModelConfig):
     """Arguments of ``segrlhf fit-normalizer``."""
 
-    kind: Literal["auto", "line", "table", "scalar"] = field(
-        default="auto",
-        metadata={
-            "help": "Form of the normaliser; auto: scalar for a bandit model, else the log line, "
-            "or the table where the line explains less than half of the mean's variation."
-        },
+    kind: Literal["auto", "line", "table", "scalar"] = flag(
+        "auto",
+        "Form of the normaliser; auto: scalar for a bandit model, else the log line, "
+        "or the table where the line explains less than half of the mean's variation.",
     )
-    max_pairs: int = field(
-        default=60_000, metadata={"help": "Pairs drawn from the data; all, if it has fewer."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of the draw."})
-    entropy_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where entropies are kept; default ~/.cache/segrlhf/entropy."},
+    max_pairs: int = flag(60_000, "Pairs drawn from the data; all, if it has fewer.")
+    seed: int = flag(0, "Of the draw.")
+    entropy_cache_dir: str | None = flag(
+        None, "Where entropies are kept; default ~/.cache/segrlhf/entropy."
     )
 
 

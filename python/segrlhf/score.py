@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from segkernels import segment_scores
 from segkernels.normalizer import segment_positions
 
 from . import report
-from .configs import DataConfig
+from .configs import DataConfig, flag
 from .data.batch import pad_responses
 from .data.load import load_rows
 from .data.render import Renderer, split_pair
@@ -35,36 +35,26 @@ from .runtime.distributed import processes, say
 class RewardModelConfig:
     """What ``fit-normalizer`` and ``score`` say about the reward model and its entropies."""
 
-    reward_model: str = field(metadata={"help": "Reward model: a directory, or a hub name."})
-    granularity: Literal["segment", "token", "bandit"] | None = field(
-        default=None, metadata={"help": "Only for a checkpoint that does not say."}
+    reward_model: str = flag(..., "Reward model: a directory, or a hub name.")
+    granularity: Literal["segment", "token", "bandit"] | None = flag(
+        None, "Only for a checkpoint that does not say."
     )
-    entropy_threshold: float | None = field(
-        default=None, metadata={"help": "Nats; only for a checkpoint that does not say."}
+    entropy_threshold: float | None = flag(None, "Nats; only for a checkpoint that does not say.")
+    entropy_model: str | None = flag(
+        None, "Frozen LM; default: the one of the reward model's config."
     )
-    entropy_model: str | None = field(
-        default=None, metadata={"help": "Frozen LM; default: the one of the reward model's config."}
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Weights of the reward model: auto, float32, bfloat16 or float16."},
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of prompt and response; default: as in training."}
-    )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Tokens of the prompt; default: as in training."}
-    )
-    batch_size: int = field(default=16, metadata={"help": "Responses in one forward."})
+    dtype: str = flag("auto", "Weights of the reward model: auto, float32, bfloat16 or float16.")
+    max_length: int | None = flag(None, "Tokens of prompt and response; default: as in training.")
+    max_prompt_length: int | None = flag(None, "Tokens of the prompt; default: as in training.")
+    batch_size: int = flag(16, "Responses in one forward.")
 
 
 @dataclass
 class ScoreConfig(RewardModelConfig):
     """Arguments of ``segrlhf score``."""
 
-    output: str = field(
-        default="scores.jsonl",
-        metadata={"help": "A .jsonl file, or .html for responses coloured by segment reward."},
+    output: str = flag(
+        "scores.jsonl", "A .jsonl file, or .html for responses coloured by segment reward."
     )
 
 
