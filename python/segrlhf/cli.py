@@ -61,7 +61,7 @@ EXIT_USER, EXIT_NON_FINITE, EXIT_DISK, EXIT_INTERRUPTED = 2, 3, 4, 130
 COMMON_TRAINING_FLAGS = {
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs",
     "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-    "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "bf16", "seed",
+    "gradient_accumulation_steps", "activation_checkpointing", "max_grad_norm", "bf16", "seed",
     "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
     "save_total_limit", "report_to", "resume_from_checkpoint", "label_smoothing_factor",
 }  # fmt: skip
@@ -151,19 +151,17 @@ _ABSENT = object()
 
 def _given(parser: Any, words: list[str]) -> dict[str, Any]:
     """The values of the flags that stand among ``words``, and of no others."""
-    known = [action.dest for action in parser._actions]
     # argparse gives a default only to what is not there yet.
-    namespace, unknown = parser.parse_known_args(
-        words, argparse.Namespace(**dict.fromkeys(known, _ABSENT))
-    )
+    absent = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
+    namespace, unknown = parser.parse_known_args(words, absent)
     if unknown:
-        raise UserError(f"{unknown[0]}: {_no_flag(unknown[0].lstrip('-'), known)}")
+        raise UserError(f"{unknown[0]}: {_no_flag(unknown[0].lstrip('-'), _names(parser))}")
     return {flag: value for flag, value in vars(namespace).items() if value is not _ABSENT}
 
 
 def _listed(parser: Any, mapping: dict[str, Any], source: str) -> dict[str, Any]:
     """The values of a mapping, read as command-line words, so that one parser checks everything."""
-    known = [action.dest for action in parser._actions]
+    known = _names(parser)
     words: list[str] = []
     missing: dict[str, Any] = {}
     for key, value in mapping.items():
@@ -200,6 +198,12 @@ def _over(parser: Any, upper: dict[str, Any], lower: dict[str, Any], source: str
                 file=sys.stderr,
             )
     return {**kept, **upper}
+
+
+def _names(parser: Any) -> list[str]:
+    """The flags that take a value, by every name."""
+    options = [option for a in parser._actions if a.nargs != 0 for option in a.option_strings]
+    return [option[2:] for option in options if option.startswith("--") and "-" not in option[2:]]
 
 
 def _no_flag(name: str, known: list[str]) -> str:

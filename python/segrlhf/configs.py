@@ -39,15 +39,16 @@ def flag(
     help: str,
     *,
     depends_on: tuple[str, ...] | Mapping[Any, tuple[str, ...]] = (),
+    **options: Any,
 ) -> Any:
     """A dataclass field that is a flag; ``...`` as ``default`` makes it required.
 
     ``depends_on`` names the flags that a value was chosen for: where a preset or a config file sets
     both, and one of those is replaced by something that wins over the file, this value does not
     apply any more and the default is back. A mapping says it by value. Values that a flag may take
-    are said by its type (``Literal``).
+    are said by its type (``Literal``). ``options`` are further ones of argparse.
     """
-    metadata: dict[str, Any] = {"help": help}
+    metadata: dict[str, Any] = {"help": help, **options}
     if depends_on:
         metadata |= {"action": Flag, "depends_on": depends_on}
     if default is ...:

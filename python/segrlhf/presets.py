@@ -185,7 +185,7 @@ def _reward(system: System, given: Mapping[str, Any], world_size: int) -> Flags:
         "warmup_steps": 0.03,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
-        "gradient_checkpointing": True,
+        "activation_checkpointing": True,
         "bf16": True,
     }
     if system.threshold is not None:

@@ -7,6 +7,7 @@ import pytest
 
 from segrlhf import cli
 from segrlhf.errors import NonFiniteError, UserError
+from segrlhf.reward.config import RewardConfig
 
 
 @pytest.fixture
@@ -153,3 +154,26 @@ def test_top_level_help_needs_no_heavy_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert "fit-normalizer" in done.stdout
+
+
+@pytest.mark.filterwarnings("error:.*checkpointing:FutureWarning")
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_has_two_names(name, config):
+    def on(got):
+        # Either is what some supported version of transformers reads.
+        assert got.activation_checkpointing == got.gradient_checkpointing
+        assert got.activation_checkpointing_kwargs == got.gradient_checkpointing_kwargs
+        return got.gradient_checkpointing
+
+    token = [*BASE, "--granularity", "token"]
+    assert not on(reward_config(*token))
+    assert on(reward_config(*token, f"--{name}"))
+    assert on(reward_config(*token, "--config", config(f"{name}: true\n")))
+    assert on(RewardConfig(output_dir="rm", granularity="token", **{name: True}))
+    options = reward_config(*token, f"--{name}_kwargs", '{"use_reentrant": false}')
+    assert options.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    preset = ("--preset", "phi3-mini-token", "--output_dir", "rm", "--bf16", "false")
+    assert on(reward_config(*preset))
+    assert not on(reward_config(*preset, f"--{name}", "false"))
+    ppo = ["--preset", "phi3-mini-token", "--output_dir", "policy", f"--{name}", "false"]
+    assert cli.parse("ppo", ppo)[2].gradient_checkpointing is False

@@ -99,7 +99,9 @@ class PPOConfig:
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
     weight_decay: float = flag(0.0, "AdamW's weight decay.")
     max_grad_norm: float = flag(1.0, "Gradient norm limit, of policy and value model each.")
-    gradient_checkpointing: bool = flag(False, "Recompute activations to save memory.")
+    gradient_checkpointing: bool = flag(
+        False, "Recompute activations to save memory.", aliases=["--activation_checkpointing"]
+    )
     mixed_precision: Literal["no", "bf16"] = flag(
         "no", "no or bf16. Trained weights are always kept in float32."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -43,6 +43,25 @@ class RewardConfig(TrainingArguments):
     entropy_batch_size: int = flag(16, "Responses in one forward of the entropy model.")
     num_train_epochs: float = flag(1.0, "Passes over the pairs.")
     logging_steps: float = flag(10, "Steps between two logs.")
+    # Transformers 5.17 knows the second name only, 5.23 warns of it: here both are one flag.
+    activation_checkpointing: bool | None = flag(
+        None, "Recompute activations to save memory.", nargs="?", const=True
+    )
+    gradient_checkpointing: bool | None = flag(
+        None,
+        "Same as --activation_checkpointing.",
+        nargs="?",
+        const=True,
+        dest="activation_checkpointing",
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = flag(
+        None, "Options of transformers for it, as json."
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = flag(
+        None,
+        "Same as --activation_checkpointing_kwargs.",
+        dest="activation_checkpointing_kwargs",
+    )
     ddp_find_unused_parameters: bool | None = flag(
         False, "Every parameter of a reward model is used."
     )
@@ -54,6 +73,11 @@ class RewardConfig(TrainingArguments):
         # Else the processes of torchrun would each train alone, into the same directory.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        for what in ("checkpointing", "checkpointing_kwargs"):
+            given = getattr(self, f"activation_{what}")
+            given = getattr(self, f"gradient_{what}") if given is None else given
+            setattr(self, f"activation_{what}", given)
+            setattr(self, f"gradient_{what}", given)
         super().__post_init__()
         for name, allowed in (
             ("granularity", ("segment", "token", "bandit")),
