@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,30 @@ class DataConfig:
         "stay on one side).",
     )
     max_samples: int | None = flag(None, "Use only the first rows.")
+
+
+@dataclass
+class PairConfig:
+    """How preference rows become token ids; the arguments of ``data.tokenize.tokenize_pairs``."""
+
+    max_length: int = flag(2048, "Tokens of prompt and response.")
+    max_prompt_length: int = flag(
+        1728, "Rows with a longer prompt are dropped and counted; see --truncation_side."
+    )
+    truncation_side: Literal["none", "left"] = flag(
+        "none",
+        "left: no row is dropped for its prompt; where prompt and the longer response take more "
+        "than max_length tokens, the prompt keeps its last max_prompt_length ones.",
+    )
+    force_eos: bool = flag(
+        False, "A response that is cut gets the end token as its last, as if it ended there."
+    )
+    strip_system_header: bool = flag(
+        False,
+        "Of conversations: leave out what the chat template writes before the first message, that "
+        "is BOS and a system message of its own.",
+    )
+
+    @property
+    def tokenization(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(PairConfig)}

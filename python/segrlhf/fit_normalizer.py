@@ -21,7 +21,6 @@ from .data.load import load_split
 from .data.tokenize import tokenize_pairs
 from .entropy_cache import SIDES, EntropyCache, build_entropy_cache, cache_directory, describe
 from .errors import UserError
-from .models.loading import load_tokenizer
 from .models.reward_model import SegmentRewardModel
 from .runtime import files
 from .runtime.distributed import processes, say
@@ -29,9 +28,10 @@ from .score import (
     Response,
     RewardModelConfig,
     entropy_model_name,
-    limits,
     load_reward_model,
+    reward_tokenizer,
     score_responses,
+    tokenization,
 )
 
 FIT_FILE, PLOT_FILE = "normalizer.json", "normalizer.svg"
@@ -111,13 +111,9 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
     if config.max_pairs < 1:
         raise UserError(f"max_pairs: expected at least 1, got {config.max_pairs}")
     model = load_reward_model(config)
-    tokenizer = load_tokenizer(config.reward_model)
-    max_length, max_prompt_length = limits(config)
+    tokenizer = reward_tokenizer(config)
     pairs, data_report = tokenize_pairs(
-        load_split(data, "train"),
-        tokenizer,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
+        load_split(data, "train"), tokenizer, **tokenization(config)
     )
     say(data_report.summary())
     sample = range(len(pairs))

@@ -32,6 +32,7 @@ class Backbone:
     pairs_per_device: int  # in one forward of the reward model; changes memory, not results
     train_rows: int  # a device's, in one forward of PPO's optimisation
     rollout_rows: int  # a device's, in one batch of generation
+    strip_system_header: bool = False  # of the preference pairs
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,14 @@ def _line(w_m: float, w_s: float, b_m: float, b_s: float) -> LocationNormalizer:
 
 _PHI3 = Backbone("microsoft/Phi-3-mini-4k-instruct", 2, 8, train_rows=4, rollout_rows=16)
 _LLAMA3 = Backbone("RLHFlow/LLaMA3-SFT-v2", 1, 4, train_rows=2, rollout_rows=4)
-_LLAMA31 = Backbone("meta-llama/Llama-3.1-8B-Instruct", 1, 4, train_rows=2, rollout_rows=4)
+_LLAMA31 = Backbone(
+    "meta-llama/Llama-3.1-8B-Instruct",
+    1,
+    4,
+    train_rows=2,
+    rollout_rows=4,
+    strip_system_header=True,
+)
 
 SYSTEMS = {
     "phi3-mini-segment": System(
@@ -156,25 +164,63 @@ def preset(name: str, command: str, given: Mapping[str, Any], world_size: int = 
         raise UserError(f"preset: expected one of {', '.join(SYSTEMS)}, got {name!r}")
     system = SYSTEMS[name]
     if command == "segment":
-        return _pairs(system)
+        return {**_language_model(system), **_pairs(system)}
     if command == "reward":
         return _reward(system, given, world_size)
     if command == "ppo":
         return _ppo(system, _reward_model(name, system))
+    if command == "score":
+        return _scored(system, _reward_model(name, system))
+    if command == "fit-normalizer":
+        return _fit(name, system)
     raise UserError(f"preset: expected a command that presets configure, got {command!r}")
+
+
+def _language_model(system: System) -> Flags:
+    return {"model_name_or_path": system.backbone.model, "dataset_name": PREFERENCE_DATA}
 
 
 def _pairs(system: System) -> Flags:
     return {
-        "model_name_or_path": system.backbone.model,
-        "dataset_name": PREFERENCE_DATA,
         "max_length": 2048,
         "max_prompt_length": 1728,
+        "truncation_side": "left",
+        "force_eos": True,
+        "strip_system_header": system.backbone.strip_system_header,
+    }
+
+
+def _scored(system: System, reward_model: str | Missing) -> Flags:
+    flags: Flags = {
+        **_pairs(system),
+        "reward_model": reward_model,
+        "granularity": system.granularity,
+    }
+    if system.threshold is not None:
+        flags["entropy_threshold"] = system.threshold
+        flags["entropy_model"] = system.backbone.model
+    return flags
+
+
+def _fit(name: str, system: System) -> Flags:
+    reward_model = _reward_model(name, system)
+    if not isinstance(reward_model, Missing):
+        reward_model = Missing(
+            "the directory of a reward model, where its normaliser is written",
+            f"bring one there with 'hf download {reward_model} --local-dir rm' and pass "
+            "--reward_model rm",
+        )
+    return {
+        **_scored(system, reward_model),
+        "dataset_name": PREFERENCE_DATA,
+        "max_pairs": 60_000,
+        "kind": system.normalizer.type,
     }
 
 
 def _reward(system: System, given: Mapping[str, Any], world_size: int) -> Flags:
     flags: Flags = {
+        **_language_model(system),
         **_pairs(system),
         "granularity": system.granularity,
         "score_reduction": "mean",
@@ -230,6 +276,7 @@ def _ppo(system: System, reward_model: str | Missing) -> Flags:
         "num_episodes": backbone.episodes,
         "response_length": 1024,
         "max_prompt_length": 1024,
+        "truncation_side": "left",
         "rollout_batch_size": 1024,
         "generation_batch_size": backbone.rollout_rows,
         "mini_batch_size": BATCH,

@@ -18,10 +18,11 @@ from segkernels import segment_scores
 from segkernels.normalizer import segment_positions
 
 from . import report
-from .configs import DataConfig, flag
+from .configs import DataConfig, ModelConfig, PairConfig, flag
 from .data.batch import pad_responses
 from .data.load import load_rows
 from .data.render import Renderer, split_pair
+from .data.tokenize import cut_to_length
 from .entropy_cache import SIDES, entropies, load_entropy_model
 from .errors import NonFiniteError, UserError
 from .models.loading import load_tokenizer
@@ -30,22 +31,61 @@ from .reward.run import trained_with
 from .runtime import files
 from .runtime.distributed import processes, say
 
+_TRAINED = ("reward_model",)  # what was so in its training
+
 
 @dataclass
 class RewardModelConfig:
     """What ``fit-normalizer`` and ``score`` say about the reward model and its entropies."""
 
-    reward_model: str = flag(..., "Reward model: a directory, or a hub name.")
+    reward_model: str = flag(
+        ..., "Reward model: a directory, or a hub name.", depends_on=("granularity",)
+    )
     granularity: Literal["segment", "token", "bandit"] | None = flag(
         None, "Only for a checkpoint that does not say."
     )
-    entropy_threshold: float | None = flag(None, "Nats; only for a checkpoint that does not say.")
+    entropy_threshold: float | None = flag(
+        None,
+        "Nats; only for a checkpoint that does not say.",
+        depends_on=("reward_model", "granularity"),
+    )
     entropy_model: str | None = flag(
-        None, "Frozen LM; default: the one of the reward model's config."
+        None, "Frozen LM; default: the one of the reward model's config.", depends_on=_TRAINED
+    )
+    tokenizer_name_or_path: str | None = flag(
+        None, "Tokenizer, when none is beside the reward model.", depends_on=_TRAINED
+    )
+    chat_template_path: str | None = flag(
+        None, "A jinja file, for a tokenizer without chat template.", depends_on=_TRAINED
     )
     dtype: str = flag("auto", "Weights of the reward model: auto, float32, bfloat16 or float16.")
-    max_length: int | None = flag(None, "Tokens of prompt and response; default: as in training.")
-    max_prompt_length: int | None = flag(None, "Tokens of the prompt; default: as in training.")
+    max_length: int | None = flag(
+        None, "Tokens of prompt and response; default: as in training.", depends_on=_TRAINED
+    )
+    max_prompt_length: int | None = flag(
+        None, "Tokens of the prompt; default: as in training.", depends_on=_TRAINED
+    )
+    truncation_side: Literal["none", "left"] | None = flag(
+        None,
+        "none: rows with a longer prompt are left out. left: see 'segrlhf reward --help'. Default: "
+        "as in training.",
+        depends_on=_TRAINED,
+    )
+    force_eos: bool | None = flag(
+        None,
+        "A response that is cut gets the end token as its last; default: as in training.",
+        depends_on=_TRAINED,
+        nargs="?",
+        const=True,
+    )
+    strip_system_header: bool | None = flag(
+        None,
+        "Of conversations: leave out what the chat template writes before the first message; "
+        "default: as in training.",
+        depends_on=_TRAINED,
+        nargs="?",
+        const=True,
+    )
     batch_size: int = flag(16, "Responses in one forward.")
 
 
@@ -99,13 +139,22 @@ def entropy_model_name(model: SegmentRewardModel, config: RewardModelConfig) -> 
     return name
 
 
-def limits(config: RewardModelConfig) -> tuple[int, int]:
-    """(max_length, max_prompt_length): as given, else as in the reward model's training."""
-    known = trained_with(config.reward_model)
-    return (
-        config.max_length or known["max_length"],
-        config.max_prompt_length or known["max_prompt_length"],
+def reward_tokenizer(config: RewardModelConfig) -> Any:
+    """The tokenizer that stands beside the reward model, or the one that is named."""
+    return load_tokenizer(
+        ModelConfig(
+            config.reward_model,
+            tokenizer_name_or_path=config.tokenizer_name_or_path,
+            chat_template_path=config.chat_template_path,
+        )
     )
+
+
+def tokenization(config: RewardModelConfig) -> dict[str, Any]:
+    """Arguments of ``tokenize_pairs``: as given, else as in the reward model's training."""
+    known = trained_with(config.reward_model)
+    given = {name: getattr(config, name) for name in PairConfig().tokenization}
+    return {name: known[name] if value is None else value for name, value in given.items()}
 
 
 @torch.inference_mode()
@@ -165,7 +214,7 @@ class _Rows:
     skipped: int
 
 
-def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) -> _Rows:
+def _read(rows: Any, tokenizer: Any, options: dict[str, Any]) -> _Rows:
     columns = set(rows.column_names)
     pairs = {"chosen", "rejected"} <= columns
     if not pairs and not {"prompt", "response"} <= columns:
@@ -173,7 +222,8 @@ def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) ->
             "dataset: expected the columns prompt and response, or chosen and rejected, got "
             f"{', '.join(rows.column_names)}; rename the columns"
         )
-    renderer = Renderer(tokenizer)
+    lengths = dict(options)
+    renderer = Renderer(tokenizer, lengths.pop("strip_system_header"))
     out = _Rows([], [], 0)
     for number, row in enumerate(rows):
         if pairs:
@@ -184,14 +234,14 @@ def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) ->
             out.skipped += 1
             continue
         prompt_ids, ids = renderer.pair(prompt, texts)
-        room = max_length - len(prompt_ids)
-        if not prompt_ids or len(prompt_ids) > max_prompt_length or room <= 0:
+        cut = cut_to_length(prompt_ids, ids, **lengths)
+        if not prompt_ids or cut is None:
             out.skipped += 1
             continue
-        for label, response in zip(SIDES if pairs else (None,), ids, strict=True):
+        labels = SIDES if pairs else (None,)
+        for label, kept, terminated in zip(labels, cut.responses, cut.terminated, strict=True):
             name = f"row {number}" + (f" ({label})" if label else "")
-            kept = response[:room]
-            out.responses.append(Response(name, prompt_ids, kept, len(kept) == len(response)))
+            out.responses.append(Response(name, cut.prompt, kept, terminated))
             out.notes.append(
                 {
                     "id": row.get("id", number),
@@ -202,7 +252,7 @@ def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) ->
     if not out.responses:
         raise UserError(
             f"dataset: expected at least one usable row, got {out.skipped} with an empty response "
-            f"or a prompt that is empty or over {max_prompt_length} tokens"
+            f"or a prompt that is empty or over {options['max_prompt_length']} tokens"
         )
     return out
 
@@ -239,11 +289,11 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     if output.exists():
         raise UserError(f"output: expected a new file, got {output}, which exists; choose another")
     model = load_reward_model(config)
-    tokenizer = load_tokenizer(config.reward_model)
+    tokenizer = reward_tokenizer(config)
     split = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_config)
     if data.max_samples is not None:
         split = split.select(range(min(data.max_samples, len(split))))
-    rows = _read(split, tokenizer, *limits(config))
+    rows = _read(split, tokenizer, tokenization(config))
     if model.granularity == "segment":
         _add_entropies(rows.responses, entropy_model_name(model, config), config.batch_size)
     scored = score_responses(model, rows.responses, config.batch_size)

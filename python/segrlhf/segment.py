@@ -12,7 +12,7 @@ import torch
 
 from segkernels import segment_ends, segment_offsets
 
-from .configs import DataConfig, ModelConfig, flag
+from .configs import DataConfig, ModelConfig, PairConfig, flag
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
 from .entropy_cache import SIDES, EntropyCache, build_entropy_cache
@@ -25,14 +25,12 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SegmentConfig:
+class SegmentConfig(PairConfig):
     """Arguments of ``segrlhf segment``."""
 
     thresholds: list[float] = flag(
         [0.5, 1.0, 1.5, 1.75, 2.0, 2.5, 3.0], "Entropy thresholds to compare, in nats."
     )
-    max_length: int = flag(2048, "Tokens of prompt and response.")
-    max_prompt_length: int = flag(1728, "Rows with a longer prompt are dropped and counted.")
     entropy_batch_size: int = flag(16, "Responses in one forward.")
     entropy_cache_dir: str | None = flag(
         None, "Where entropies are kept; default ~/.cache/segrlhf/entropy."
@@ -107,12 +105,7 @@ def run(model: ModelConfig, data: DataConfig, config: SegmentConfig) -> dict[str
         rows = load_split(data, split)
         if rows is None:
             continue
-        pairs, report = tokenize_pairs(
-            rows,
-            tokenizer,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-        )
+        pairs, report = tokenize_pairs(rows, tokenizer, **config.tokenization)
         say(f"{split}: {report.summary()}")
         cache = build_entropy_cache(
             model.model_name_or_path,

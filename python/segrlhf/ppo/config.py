@@ -76,7 +76,12 @@ class PPOConfig:
     rollout_batch_size: int = flag(128, "Responses sampled an update.")
     generation_batch_size: int = flag(64, "Rows that one process generates at a time.")
     response_length: int = flag(256, "Most tokens of a response.")
-    max_prompt_length: int = flag(512, "Prompts of more tokens are dropped and counted.")
+    max_prompt_length: int = flag(
+        512, "Prompts of more tokens are dropped and counted; see --truncation_side."
+    )
+    truncation_side: Literal["none", "left"] = flag(
+        "none", "left: a prompt of more than max_prompt_length tokens keeps its last ones."
+    )
     temperature: float = flag(1.0, "Sampling temperature; log-probabilities are taken at it too.")
 
     # optimisation

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from ..configs import flag
+from ..configs import PairConfig, flag
 from ..errors import UserError
 from ..models.reward_model import check_threshold
 
 
 @dataclass
-class RewardConfig(TrainingArguments):
+class RewardConfig(PairConfig, TrainingArguments):
     """Arguments of ``segrlhf reward``: transformers' TrainingArguments and these.
 
     ``label_smoothing_factor`` is the label smoothing of the Bradley-Terry loss.
@@ -29,8 +29,6 @@ class RewardConfig(TrainingArguments):
     entropy_model: str | None = flag(
         None, "Frozen LM that gives the entropies; default: the model itself."
     )
-    max_length: int = flag(2048, "Tokens of prompt and response.")
-    max_prompt_length: int = flag(1728, "Rows with a longer prompt are dropped and counted.")
     center_rewards_coefficient: float | None = flag(
         None, "Weight of mean[(score_chosen + score_rejected)^2]."
     )
