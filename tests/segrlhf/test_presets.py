@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -172,8 +173,70 @@ def test_a_batch_of_ones_own():
         reward("phi3-mini-token", "--per_device_train_batch_size", "5")
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_inputs_of_the_published_models(name):
+    system = presets.SYSTEMS[name]
+    rows = reward(name).tokenization
+    assert rows == cli.parse("segment", ["--preset", name])[2].tokenization
+    assert rows == {
+        "max_length": 2048,
+        "max_prompt_length": 1728,
+        "truncation_side": "left",
+        "force_eos": True,
+        "strip_system_header": name.startswith("llama3.1"),
+    }
+    data, scores = cli.parse("score", ["--preset", name, "--dataset_name", "rows.jsonl"])
+    assert data.dataset_name == "rows.jsonl"
+    fit = cli.parse("fit-normalizer", ["--preset", name, "--reward_model", "downloaded"])[1]
+    assert (scores.reward_model, fit.reward_model) == (system.reward_model, "downloaded")
+    for config in (scores, fit):
+        assert (config.granularity, config.entropy_threshold) == (
+            system.granularity,
+            system.threshold,
+        )
+        segments = system.granularity == "segment"
+        assert config.entropy_model == (system.backbone.model if segments else None)
+        assert {key: getattr(config, key) for key in rows} == rows
+    assert fit.max_pairs == 60_000
+    policy = ppo(name)
+    assert (policy.max_prompt_length, policy.truncation_side) == (1024, "left")
+
+
+def test_scores_of_another_reward_model_are_read_as_in_its_own_training():
+    argv = ["--preset", "phi3-mini-segment", "--dataset_name", "rows.jsonl"]
+    own = cli.parse("score", [*argv, "--reward_model", "mine"])[1]
+    assert own.granularity == "segment"
+    assert own.entropy_threshold is own.entropy_model is own.force_eos is own.max_length is None
+
+
+def test_a_normaliser_is_written_into_a_directory():
+    with pytest.raises(UserError, match=r"got none; bring one there with 'hf download yyqoni/Phi"):
+        cli.parse("fit-normalizer", ["--preset", "phi3-mini-token"])
+
+
 def test_presets_that_cannot_be():
     with pytest.raises(UserError, match=r"preset: expected one of phi3-mini-segment.*got 'phi4'"):
         presets.preset("phi4", "reward", {})
     with pytest.raises(UserError, match="expected a command that presets configure, got 'demo'"):
         presets.preset("phi3-mini-token", "demo", {})
+
+
+def test_the_page_lists_what_the_presets_hold():
+    page = (Path(__file__).parents[2] / "docs" / "presets.md").read_text(encoding="utf-8")
+    rows = [
+        tuple(cell.strip(" `") for cell in line.strip("|").split("|"))
+        for line in page.splitlines()
+        if line.startswith("| `") and line.split("`")[1] in presets.SYSTEMS
+    ]
+    expected = []
+    for name, system in presets.SYSTEMS.items():
+        policy, numbers = system.policy, list(system.normalizer.to_dict().values())[1:5]
+        hub = (system.reward_model, policy and policy.name)
+        expected += [
+            (name, system.backbone.model, *(str(cell or "-") for cell in (system.threshold, *hub))),
+            (name, *(f"{number:.4f}" for number in numbers)),
+        ]
+        if policy:
+            results = f"{policy.alpaca_eval:.2f} {policy.arena_hard:.1f} {policy.mt_bench:.2f}"
+            expected.append((name, *results.split()))
+    assert sorted(rows) == sorted(expected)
