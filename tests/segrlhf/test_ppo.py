@@ -1,6 +1,5 @@
 """PPO: exact over processes, micro-batches and restarts; learns; stops with messages that help."""
 
-import dataclasses
 import errno
 import inspect
 import json
@@ -292,16 +291,6 @@ def test_trackers(lm, rm, tmp_path):
     assert list(tmp_path.glob("segrlhf-ppo/events*"))
     with pytest.raises(UserError, match=r"report_to: expected none or trackers .* got abacus; pip"):
         make_trainer(lm, rm, tmp_path / "other", report_to=["abacus"])
-
-
-@pytest.mark.parametrize("name", presets.names())
-def test_presets_are_valid_flags(tmp_path, name):
-    own = {f.name for f in dataclasses.fields(PPOConfig)}
-    flags = {k: v for k, v in presets.preset(name, "ppo").items() if k in own}
-    config = PPOConfig(output_dir=str(tmp_path), **flags)
-    assert config.rollout_batch_size == 1024
-    shared = {f.name for c in (ModelConfig, DataConfig) for f in dataclasses.fields(c)}
-    assert presets.preset(name, "ppo").keys() <= own | shared
 
 
 def command(lm, rm, prompts, out, *more, **changes):

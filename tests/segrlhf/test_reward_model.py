@@ -68,7 +68,7 @@ def test_padding_side_does_not_matter(family, family_dir):
     torch.testing.assert_close(other[keep], right[attention.bool()], rtol=1e-4, atol=1e-5)
 
 
-def test_head_is_drawn_with_the_seed_and_the_papers_variance(family_dir):
+def test_head_is_drawn_with_the_seed_and_the_authors_spread(family_dir):
     path = family_dir("llama")
     a = SegmentRewardModel.from_causal_lm(path, "bandit", seed=1)
     state = torch.random.get_rng_state()
@@ -78,7 +78,7 @@ def test_head_is_drawn_with_the_seed_and_the_papers_variance(family_dir):
     assert torch.equal(a.score.weight, b.score.weight)
     assert not torch.equal(a.score.weight, c.score.weight)
     torch.manual_seed(1)
-    drawn = torch.empty(1, 16).normal_(std=1 / math.sqrt(17))
+    drawn = torch.empty(1, 16).normal_(std=1 / 17)
     assert torch.equal(a.score.weight, drawn)
 
 

@@ -35,7 +35,10 @@ def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, An
             rows = load_split(data, split)
             if rows is not None:
                 prompts[split], report = tokenize_prompts(
-                    rows, tokenizer, max_prompt_length=config.max_prompt_length
+                    rows,
+                    tokenizer,
+                    max_prompt_length=config.max_prompt_length,
+                    truncation_side=config.truncation_side,
                 )
                 say(f"{split} prompts: {report.summary()}")
 
