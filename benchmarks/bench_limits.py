@@ -21,7 +21,7 @@ from timing import Alternation, Timed, on_threads
 
 import segkernels as sk
 from segkernels import native
-from segkernels.rewards import native_curve, packed_curve
+from segkernels.native.rewards import curve_address
 
 KEPT = {name: str(1 << 30) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
 
@@ -119,7 +119,7 @@ def advantages() -> None:
 
     def kernels(entropy, rewards, logprobs, ref_logprobs, values, mask):
         rows, ends = native.rows(rewards, None), torch.empty_like(mask)
-        curve = packed_curve(shapes.NORMALIZER)
+        curve = shapes.NORMALIZER.curve.packed
         outputs = [torch.empty_like(rewards) for _ in range(4)]
 
         def run() -> None:
@@ -142,7 +142,7 @@ def advantages() -> None:
                 native.floats(values),
                 native.ptr(mask),
                 rows,
-                native_curve(curve),
+                curve_address(curve),
                 *(0, False, 10.0, 0.01, 1.0, 0.95),
                 *map(native.ptr, outputs),
                 1,

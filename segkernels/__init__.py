@@ -5,30 +5,24 @@ action tokens only, and takes ``backend=``; ``segkernels.backend.explain()`` tel
 """
 
 from . import backend
-from .advantages import gae, segment_advantages, whiten
+from .advantages import segment_advantages
 from .bradley_terry import BradleyTerry, segment_bradley_terry, segment_scores
+from .gae import gae
 from .linear import linear_logprobs_and_entropy
 from .linear_policy import PolicyLoss, linear_policy_loss
-from .normalizer import (
-    LocationFit,
-    LocationNormalizer,
-    Normalizer,
-    RunningLocationNormalizer,
-    ScalarNormalizer,
-    TableNormalizer,
-    fit_location,
-    normalizer_from_dict,
-    segment_positions,
-)
+from .normalizer import LocationNormalizer, Normalizer, ScalarNormalizer, TableNormalizer
+from .normalizer_fit import LocationFit, fit_location
 from .ppo_loss import policy_loss, value_loss
 from .rewards import scatter_segment_rewards
-from .segments import segment_ends, segment_offsets
+from .running_normalizer import RunningLocationNormalizer, normalizer_from_dict
+from .segments import segment_ends, segment_offsets, segment_positions
 from .token_stats import entropy_from_logits, logprobs_and_entropy
 from .vocab_parallel import (
     merge_vocab_stats,
     vocab_parallel_logprobs_and_entropy,
     vocab_shard_stats,
 )
+from .whiten import whiten
 
 __all__ = [
     "BradleyTerry",

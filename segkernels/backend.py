@@ -8,10 +8,12 @@ when they are asked for.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import warnings
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -40,6 +42,9 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
     "value_loss": {"native": ("cpu", "cuda")},
     "linear_policy_loss": {"native": ("cpu",), "triton": ("cuda",)},
 }
+
+# Modules with the four kernels over ``vocab.Rows``. Triton's is imported when it first runs.
+ROW_KERNELS = {"native": ".native.vocab", "triton": ".triton.vocab"}
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -135,6 +140,11 @@ def _choose(op: str, device: torch.device, double: bool, backend: str | None) ->
                     f"{op}: {refusal}, or set SEGKERNELS_BACKEND=reference to run plain PyTorch"
                 )
     return "reference", refusal
+
+
+def row_kernels(name: str) -> ModuleType:
+    """The module with the four kernels of backend ``name``."""
+    return importlib.import_module(ROW_KERNELS[name], __package__)
 
 
 _warned = False

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import native
 from .backend import choose
 from .layout import Layout, check_bools, check_device, check_floats, constants, layout_of, number
-from .reference import bradley_terry as reference
+from .native import bradley_terry as native
 
 Reduction = Literal["mean", "sum"]
 
@@ -60,8 +58,10 @@ def segment_scores(
     layout = _check(rewards, ends, mask, cu_seqlens, reduction)
     mean = reduction == "mean"
     if choose("segment_scores", rewards, backend=backend) == "reference":
+        from .reference import bradley_terry as reference
+
         return reference.segment_scores(rewards, ends, mask, layout, mean)
-    scores, _ = _segment_scores_fwd(
+    scores, _ = native.segment_scores_fwd(
         rewards.contiguous(),
         ends.contiguous(),
         None if mask is None else mask.contiguous(),
@@ -145,12 +145,14 @@ def segment_bradley_terry(
         )
     mean = reduction == "mean"
     if choose("segment_bradley_terry", rewards, margin, backend=backend) == "reference":
+        from .reference import bradley_terry as reference
+
         return BradleyTerry(
             *reference.segment_bradley_terry(
                 rewards, ends, mask, layout, mean, margin, label_smoothing, center_coef
             )
         )
-    loss, scores, accuracy, _, _ = _segment_bradley_terry_fwd(
+    loss, scores, accuracy, _, _ = native.segment_bradley_terry_fwd(
         rewards.contiguous(),
         ends.contiguous(),
         None if mask is None else mask.contiguous(),
@@ -180,178 +182,3 @@ def _check(
             f"reduction: expected 'mean' or 'sum', got {reduction!r}; 'mean' is the paper's"
         )
     return layout
-
-
-@native.operator
-def _segment_scores_fwd(
-    rewards: Tensor,
-    ends: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = native.rows(rewards, cu_seqlens)
-    scores = native.empty(rewards, rows[0])
-    counts = native.empty(rewards, rows[0], dtype=torch.int32)
-    native.kernels(rewards).segment_scores_fwd(
-        native.floats(rewards),
-        native.ptr(ends),
-        native.ptr(mask),
-        rows,
-        mean,
-        native.ptr(scores),
-        native.ptr(counts),
-        native.place(rewards),
-    )
-    return scores, counts
-
-
-@native.operator
-def _segment_scores_bwd(
-    dscores: Tensor,
-    counts: Tensor,
-    ends: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mean: bool,
-) -> Tensor:
-    drewards = native.empty_like(ends)
-    native.kernels(dscores).segment_scores_bwd(
-        native.ptr(dscores),
-        native.ptr(counts),
-        native.ptr(ends),
-        native.ptr(mask),
-        native.rows(ends, cu_seqlens),
-        mean,
-        native.ptr(drewards),
-        native.place(dscores),
-    )
-    return drewards
-
-
-@torch.library.register_fake(_segment_scores_fwd)
-def _(rewards, ends, mask, cu_seqlens, mean):
-    n_rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (
-        native.empty(rewards, n_rows),
-        native.empty(rewards, n_rows, dtype=torch.int32),
-    )
-
-
-@torch.library.register_fake(_segment_scores_bwd)
-def _(dscores, counts, ends, mask, cu_seqlens, mean):
-    return native.empty_like(ends)
-
-
-def _save_scores(ctx, inputs, output):
-    rewards, ends, mask, cu_seqlens, ctx.mean = inputs
-    _, counts = output
-    ctx.save_for_backward(counts, ends, mask, cu_seqlens)
-    ctx.dtype = rewards.dtype
-
-
-def _scores_backward(ctx, dscores, _):
-    drewards = _segment_scores_bwd(dscores.contiguous(), *ctx.saved_tensors, ctx.mean)
-    return drewards.to(ctx.dtype), None, None, None, None
-
-
-torch.library.register_autograd(_segment_scores_fwd, _scores_backward, setup_context=_save_scores)
-
-
-@native.operator
-def _segment_bradley_terry_fwd(
-    rewards: Tensor,
-    ends: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    margin: Tensor | None,
-    mean: bool,
-    label_smoothing: float,
-    center_coef: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = native.rows(rewards, cu_seqlens)
-    loss = native.empty(rewards)
-    scores = native.empty(rewards, rows[0])
-    accuracy = native.empty_like(loss)
-    counts = native.empty_like(scores, torch.int32)
-    slopes = native.empty_like(scores)
-    scratch = native.scratch(rewards)
-    native.kernels(rewards).segment_bradley_terry_fwd(
-        native.floats(rewards),
-        native.ptr(ends),
-        native.ptr(mask),
-        rows,
-        native.ptr(margin),
-        mean,
-        label_smoothing,
-        center_coef,
-        native.ptr(loss),
-        native.ptr(scores),
-        native.ptr(accuracy),
-        native.ptr(counts),
-        native.ptr(slopes),
-        native.ptr(scratch),
-        native.place(rewards),
-    )
-    return loss, scores, accuracy, counts, slopes
-
-
-@native.operator
-def _segment_bradley_terry_bwd(
-    dloss: Tensor | None,
-    dscores: Tensor | None,
-    slopes: Tensor,
-    counts: Tensor,
-    ends: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    mean: bool,
-) -> Tensor:
-    drewards = native.empty_like(ends)
-    native.kernels(ends).segment_bradley_terry_bwd(
-        native.ptr(dloss),
-        native.ptr(dscores),
-        native.ptr(slopes),
-        native.ptr(counts),
-        native.ptr(ends),
-        native.ptr(mask),
-        native.rows(ends, cu_seqlens),
-        mean,
-        native.ptr(drewards),
-        native.place(ends),
-    )
-    return drewards
-
-
-@torch.library.register_fake(_segment_bradley_terry_fwd)
-def _(rewards, ends, mask, cu_seqlens, margin, mean, label_smoothing, center_coef):
-    n_rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    scalar = native.empty(rewards)
-    scores = native.empty(rewards, n_rows)
-    counts = native.empty_like(scores, torch.int32)
-    return scalar, scores, native.empty_like(scalar), counts, native.empty_like(scores)
-
-
-@torch.library.register_fake(_segment_bradley_terry_bwd)
-def _(dloss, dscores, slopes, counts, ends, mask, cu_seqlens, mean):
-    return native.empty_like(ends)
-
-
-def _save_bradley_terry(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    rewards, ends, mask, cu_seqlens, _, ctx.mean, _, _ = inputs
-    _, _, _, counts, slopes = output
-    ctx.save_for_backward(slopes, counts, ends, mask, cu_seqlens)
-    ctx.dtype = rewards.dtype
-
-
-def _bradley_terry_backward(ctx, dloss, dscores, *_):
-    if dscores is not None:
-        dscores = dscores.contiguous()
-    drewards = _segment_bradley_terry_bwd(dloss, dscores, *ctx.saved_tensors, ctx.mean)
-    return drewards.to(ctx.dtype), *[None] * 7
-
-
-torch.library.register_autograd(
-    _segment_bradley_terry_fwd, _bradley_terry_backward, setup_context=_save_bradley_terry
-)

@@ -7,7 +7,8 @@ A stream is a grid ``[N, T]`` (each row a sequence, padding anywhere) or a flat 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,14 +46,21 @@ class Layout(NamedTuple):
             return rows.repeat_interleave(self.row_len, output_size=self.n_tokens)
         return rows.repeat_interleave(self.cu_seqlens.diff().long(), output_size=self.n_tokens)
 
-    def place(self, token: int) -> str:
-        """Where a token of the flattened stream lies, for error messages."""
+    def position(self, token: int) -> str:
+        """Row and position where a token of the flattened stream lies, for error messages."""
         if self.cu_seqlens is None:
             row, position = divmod(token, self.row_len)
         else:
             row = int((self.cu_seqlens <= token).sum()) - 1
             position = token - int(self.cu_seqlens[row])
         return f"row {row}, position {position}"
+
+
+def nan_entropy(layout: Layout, token: int) -> ValueError:
+    return ValueError(
+        f"entropy: expected numbers at action tokens, got NaN at {layout.position(token)}; look "
+        "for NaN in the logits that it came from, or leave the token out of the mask"
+    )
 
 
 def check_rows(cu_seqlens: Tensor, n_tokens: int) -> None:
@@ -130,6 +138,11 @@ def constants(*tensors: Tensor) -> list[Tensor]:
     return [t.detach() if t.requires_grad else t for t in tensors]
 
 
+def each(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> list[Any]:
+    """The function of every tensor, None of None."""
+    return [None if t is None else function(t) for t in tensors]
+
+
 def check_tensor(name: str, tensor: Tensor) -> None:
     """A tensor whose elements have addresses."""
     if not isinstance(tensor, Tensor):
@@ -162,6 +175,12 @@ def check_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
             f"{list(tensor.shape)}; pass the {name} of the same token stream"
         )
     check_device(name, tensor, like_name, like)
+
+
+def check_floats_like(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """A floating tensor of the same shape and device."""
+    check_floats(name, tensor)
+    check_like(name, tensor, like_name, like)
 
 
 def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:

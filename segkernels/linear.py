@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import native, vocab
-from .backend import choose
-from .layout import values_may_be_checked
+from .backend import choose, row_kernels
+from .layout import each, values_may_be_checked
 from .projection import (
     HiddenRows,
     Projection,
@@ -20,11 +20,9 @@ from .projection import (
     parts_of,
     room_for_logits,
 )
-from .reference import linear as reference
 from .token_stats import (
     check_row_inputs,
     check_row_values,
-    each,
     empty_stats,
     per_row,
 )
@@ -68,7 +66,7 @@ def linear_logprobs_and_entropy(
         temperature: positive; one float, or a tensor of one per row. No gradient flows to it.
         mask: bool of the leading shape; rows with False are not read, give 0 and get no gradient.
         workspace: bytes; None for 64 MiB on CPUs, 512 MiB on GPUs. More makes larger products.
-            The least that can be computed, one row by one column, is whatever it says.
+            One row by one column is always computed, however small the workspace.
         backend: see ``segkernels.backend``.
 
     Returns:
@@ -89,6 +87,8 @@ def linear_logprobs_and_entropy(
     )
     name = choose("linear_logprobs_and_entropy", hidden, weight, bias, backend=backend)
     if name == "reference":
+        from .reference import linear as reference
+
         if values_may_be_checked(hidden):
             check_row_values(weight.shape[0], targets, temperatures, mask)
         return reference.linear_logprobs_and_entropy(
@@ -132,7 +132,7 @@ def linear_fwd(
     row of hidden."""
     if values_may_be_checked(hidden):
         check_row_values(weight.shape[0], targets, temperatures, mask)
-    kernels = vocab.kernels(backend)
+    kernels = row_kernels(backend)
     space = Space.of(backend, workspace, hidden)
     rows = HiddenRows(hidden, mask, space.dtype)
     kept = native.empty(hidden, *_kept_shape(hidden, weight, keep_logits), dtype=space.dtype)
@@ -208,20 +208,19 @@ def linear_bwd(
     kept: Tensor,
     dlogprobs: Tensor | None,
     dentropy: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: list[bool],
     workspace: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients that are needed; the others have no element."""
+    """The gradients in hidden, weight and bias that ``needs`` names; the others have no element."""
+    need_hidden, need_weight, need_bias = needs
     keep = stats.select(-1, 1) != 0
     has_gradient = torch.zeros_like(keep)
     if targets is not None and dlogprobs is not None:
         has_gradient |= (dlogprobs != 0) & (targets >= 0)
     if dentropy is not None:
         has_gradient |= dentropy != 0
-    kernels = vocab.kernels(backend)
+    kernels = row_kernels(backend)
     space = Space.of(backend, workspace, hidden).beside(kept)
     rows = HiddenRows(hidden, keep & has_gradient, space.dtype)
     height = space.height(rows)
@@ -263,7 +262,7 @@ def linear_bwd(
     if not rows.count:
         dweight.zero_()
     if need_hidden:
-        rows.spread(dhidden, height)
+        rows.scatter(dhidden, height)
     return (
         dhidden.view(hidden.shape if need_hidden else 0).to(hidden.dtype),
         dweight,
@@ -283,11 +282,10 @@ def _(
     kept,
     dlogprobs,
     dentropy,
-    need_hidden,
-    need_weight,
-    need_bias,
+    needs,
     *_,
 ):
+    need_hidden, need_weight, need_bias = needs
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
         weight.new_empty(weight.shape if need_weight else 0),
@@ -315,9 +313,7 @@ def _backward(ctx, dlogprobs, dentropy, *_):
         kept,
         None if targets is None else dlogprobs,
         dentropy,
-        need_hidden,
-        need_weight,
-        need_bias,
+        [need_hidden, need_weight, need_bias],
         *ctx.where,
     )
     return (

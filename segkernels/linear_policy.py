@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -11,17 +9,18 @@ import torch
 from torch import Tensor
 
 from . import native, vocab
-from .backend import choose
+from .backend import choose, row_kernels
 from .layout import (
-    Layout,
     check_bools,
     check_coefficient,
     check_floats,
     check_like,
+    each,
     layout_of,
     values_may_be_checked,
 )
 from .linear import linear_bwd, linear_fwd, linear_logprobs_and_entropy
+from .objective import Objective
 from .ppo_loss import Aggregation, check_aggregation, check_clip
 from .projection import (
     HiddenRows,
@@ -35,8 +34,7 @@ from .projection import (
     parts_of,
     room_for_logits,
 )
-from .reference import linear_policy as reference
-from .token_stats import IGNORED, check_row_inputs, check_row_values, each, empty_stats
+from .token_stats import IGNORED, check_row_inputs, check_row_values, empty_stats
 
 # A gradient of half-precision weights that is added to chunk by chunk is rounded as many times. At
 # 16 the roundings together stay near two units in the last place.
@@ -169,36 +167,51 @@ def linear_policy_loss(
         )
         assert logprobs is not None
         if name == "reference":
-            results = reference.policy_terms(logprobs, entropy, *constants, layout, *coefficients)
+            from .reference import linear_policy as reference
+
+            totals = reference.policy_terms(logprobs, entropy, *constants, layout, *coefficients)
         else:
-            objective = _Objective.of(*constants, layout, *coefficients)
-            results = objective.results(logprobs, entropy)
-        loss, clip_fraction, approx_kl = results
+            objective = Objective.of(*constants, layout, *coefficients)
+            totals = objective.totals(logprobs, entropy)
+        loss, clip_fraction, approx_kl = totals
         return PolicyLoss(loss, logprobs.detach(), entropy.detach(), clip_fraction, approx_kl)
-    check_projection(hidden, weight, bias)
     token_ids, scalar, temperatures = check_row_inputs(
         "hidden[..., 0]", hidden.select(-1, 0), targets, temperature, mask
     )
     assert token_ids is not None
-    wanted = [
+    needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
-    loss, logprobs, entropy, clip_fraction, approx_kl, *_ = _policy_fwd(
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        *constants,
-        layout.cu_seqlens,
-        scalar,
-        *each(Tensor.float, temperatures),
-        *coefficients,
-        *wanted,
-        workspace,
-        name,
+    results = _Results(
+        *_policy_fwd(
+            hidden,
+            weight,
+            bias,
+            needs,
+            targets=token_ids,
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            ref_logprobs=ref_logprobs,
+            mask=mask,
+            cu_seqlens=layout.cu_seqlens,
+            temperature=scalar,
+            temperatures=None if temperatures is None else temperatures.float(),
+            clip=clip,
+            kl_coef=kl_coef,
+            entropy_coef=entropy_coef,
+            aggregation=aggregation,
+            workspace=workspace,
+            backend=name,
+        )
     )
-    return PolicyLoss(loss, logprobs, entropy, clip_fraction, approx_kl)
+    return PolicyLoss(
+        results.loss,
+        results.logprobs,
+        results.entropy,
+        results.clip_fraction,
+        results.approx_kl,
+    )
 
 
 def _holds_float16(*tensors: Tensor | None) -> bool:
@@ -215,89 +228,20 @@ def _check_targets(targets: Tensor, mask: Tensor) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Objective:
-    """The loss as a function of each token's log-probability and entropy."""
+class _Results(NamedTuple):
+    """What the operator returns: a ``PolicyLoss`` and the gradients of the loss.
 
-    old_logprobs: Tensor  # these four fp32, of one shape; 0 outside the mask
-    advantages: Tensor
-    ref_logprobs: Tensor | None
-    weights: Tensor  # what the aggregation multiplies a token's term with
-    clip: float
-    kl_coef: float
-    entropy_coef: float
+    Gradients that are not needed have no element.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        ref_logprobs: Tensor | None,
-        mask: Tensor,
-        layout: Layout,
-        clip: float,
-        kl_coef: float,
-        entropy_coef: float,
-        aggregation: str,
-    ) -> _Objective:
-        old, advantages, ref = each(
-            lambda x: x.float().masked_fill(~mask, 0), old_logprobs, advantages, ref_logprobs
-        )
-        weights = _token_weights(mask, layout, aggregation)
-        return cls(old, advantages, ref, weights, clip, kl_coef, entropy_coef)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> _Objective:
-        old, advantages, ref, weights = each(
-            function, self.old_logprobs, self.advantages, self.ref_logprobs, self.weights
-        )
-        return replace(
-            self, old_logprobs=old, advantages=advantages, ref_logprobs=ref, weights=weights
-        )
-
-    def results(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, clip_fraction, approx_kl)."""
-        tokens = (logprobs, self.old_logprobs, self.advantages)
-        terms = reference.token_terms(
-            *tokens, entropy, self.ref_logprobs, self.clip, self.kl_coef, self.entropy_coef
-        )
-        loss = (self.weights * terms).sum(dtype=torch.float64).float()
-        count = (self.weights > 0).sum().clamp(min=1)
-        clip_fraction = reference.clipped(*tokens, self.clip).sum().float() / count
-        approx_kl = reference.squared_log_ratio(logprobs, self.old_logprobs).sum() / count
-        return loss, clip_fraction, approx_kl
-
-    def slopes(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the loss in each log-probability, and in each entropy."""
-        clipped = reference.clipped(logprobs, self.old_logprobs, self.advantages, self.clip)
-        idle = clipped | (self.advantages == 0)
-        ratio = (logprobs - self.old_logprobs).exp()
-        slope = torch.where(idle, 0, -self.advantages * ratio)
-        if self.kl_coef and self.ref_logprobs is not None:
-            slope = slope - self.kl_coef * torch.expm1(self.ref_logprobs - logprobs)
-        return self.weights * slope, self.weights * -self.entropy_coef
-
-
-def _token_weights(mask: Tensor, layout: Layout, aggregation: str) -> Tensor:
-    """What each token's term is multiplied with, 0 outside the mask; without synchronisation."""
-    layout.check_rows()
-    if layout.cu_seqlens is None:
-        counts = mask.sum(1)
-    else:
-        before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
-        counts = before[layout.cu_seqlens.long()].diff()
-    rows = (counts > 0).sum()
-    if aggregation == "token-mean":
-        share = counts.sum().expand(layout.n_rows)
-    elif aggregation == "seq-mean-token-mean":
-        share = rows * counts
-    else:
-        share = rows.expand(layout.n_rows)
-    of_row = 1 / share.clamp(min=1).float()
-    if layout.cu_seqlens is None:
-        of_token = of_row[:, None].expand(mask.shape)
-    else:
-        of_token = of_row[layout.row_ids(mask.device)]
-    return of_token.masked_fill(~mask, 0)
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    clip_fraction: Tensor
+    approx_kl: Tensor
+    dhidden: Tensor
+    dweight: Tensor
+    dbias: Tensor
 
 
 @torch.library.custom_op("segkernels::linear_policy_loss_fwd", mutates_args=())
@@ -305,6 +249,7 @@ def _policy_fwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    needs: list[bool],
     targets: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -317,44 +262,38 @@ def _policy_fwd(
     kl_coef: float,
     entropy_coef: float,
     aggregation: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
     workspace: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, logprobs, entropy, clip_fraction, approx_kl, and the gradients of the loss that are
-    needed; the others have no element."""
+    """``_Results``; ``needs`` says which of hidden, weight and bias need their gradient."""
     _check_targets(targets, mask)
     if values_may_be_checked(hidden):
         check_row_values(weight.shape[0], targets, temperatures, mask)
-    layout = layout_of("targets", targets, cu_seqlens)
-    objective = _Objective.of(
+    objective = Objective.of(
         old_logprobs,
         advantages,
         ref_logprobs,
         mask,
-        layout,
+        layout_of("targets", targets, cu_seqlens),
         clip,
         kl_coef,
         entropy_coef,
         aggregation,
     )
     rows = (hidden, weight, targets, bias, temperature, temperatures)
-    needs = (need_hidden, need_weight, need_bias)
     where = (workspace, backend)
     if not any(needs):
         logprobs, entropy, *_ = linear_fwd(*rows, mask, False, *where)
         gradients = _empty_gradients((hidden, weight, bias), needs)
     elif (chunks := _Chunks(hidden, weight, mask, *where)).worthwhile:
-        logprobs, entropy, gradients = _three_products(*rows, objective, chunks, *needs, backend)
+        logprobs, entropy, gradients = _three_products(*rows, objective, chunks, needs, backend)
     else:
         keep_logits = room_for_logits(hidden, weight, *where)
-        logprobs, entropy, *saved = linear_fwd(*rows, mask, keep_logits, *where)
-        slopes = objective.slopes(logprobs)
-        gradients = linear_bwd(*rows, *saved, *slopes, *needs, *where)
-    loss, clip_fraction, approx_kl = objective.results(logprobs, entropy)
-    return loss, logprobs, entropy, clip_fraction, approx_kl, *gradients
+        logprobs, entropy, stats, kept = linear_fwd(*rows, mask, keep_logits, *where)
+        dlogprobs, dentropy = objective.grads(logprobs)
+        gradients = linear_bwd(*rows, stats, kept, dlogprobs, dentropy, needs, *where)
+    loss, clip_fraction, approx_kl = objective.totals(logprobs, entropy)
+    return _Results(loss, logprobs, entropy, clip_fraction, approx_kl, *gradients)
 
 
 class _Chunks:
@@ -393,15 +332,14 @@ def _three_products(
     bias: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
-    objective: _Objective,
+    objective: Objective,
     chunks: _Chunks,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """logprobs, entropy, (dhidden, dweight, dbias)."""
-    kernels = vocab.kernels(backend)
+    need_hidden, need_weight, need_bias = needs
+    kernels = row_kernels(backend)
     rows, vocabulary = chunks.rows, weight.shape[0]
     projection = Projection(weight, bias, rows.dtype, chunks.columns)
     tile = native.empty(hidden, chunks.height * vocabulary, dtype=rows.dtype)
@@ -429,16 +367,16 @@ def _three_products(
             entropy[block],
             stats[block],
         )
-        slopes = objective.map(itemgetter(block)).slopes(logprobs[block])
-        places = rows.places(block)
-        at_rows += [stats[block], *slopes]
+        dlogprobs, dentropy = objective.map(itemgetter(block)).grads(logprobs[block])
+        positions = rows.positions(block)
+        at_rows += [stats[block], dlogprobs, dentropy]
         if may_synchronise(hidden):
-            active = ((slopes[0] != 0) | (slopes[1] != 0)).nonzero().squeeze(1)
+            active = ((dlogprobs != 0) | (dentropy != 0)).nonzero().squeeze(1)
             if len(active) == 0:
                 continue
             if len(active) < len(x):
                 logits = _moved_forward(logits, active, chunks.moved)
-                x, places, *at_rows = each(itemgetter(active), x, places, *at_rows)
+                x, positions, *at_rows = each(itemgetter(active), x, positions, *at_rows)
         targets_b, temperatures_b, *upstream = at_rows
         tile_rows = vocab.Rows(logits, targets_b, temperature, temperatures_b)
         kernels.backward(tile_rows, *upstream, logits)
@@ -457,7 +395,7 @@ def _three_products(
                     dweight[part] = dw
         if need_hidden:
             dx_b = dx[: len(x)].to(hidden.dtype)
-            dhidden.view(-1, hidden.shape[-1]).index_copy_(0, places, dx_b)
+            dhidden.view(-1, hidden.shape[-1]).index_copy_(0, positions, dx_b)
         if need_bias:
             dbias += logits.sum(0, dtype=torch.float32)
         started = True
@@ -503,7 +441,7 @@ def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
 
 
 def _empty_gradients(
-    tensors: tuple[Tensor, Tensor, Tensor | None], needs: tuple[bool, bool, bool]
+    tensors: tuple[Tensor, Tensor, Tensor | None], needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = tensors
     like = (hidden, weight, hidden.new_empty(0) if bias is None else bias)
@@ -514,12 +452,11 @@ def _empty_gradients(
 
 
 @_policy_fwd.register_fake
-def _(hidden, weight, bias, targets, *rest):
-    needs = rest[-5:-2]
-    scalars = [native.empty(hidden) for _ in range(3)]
-    tokens = [native.empty(hidden, *targets.shape) for _ in range(2)]
+def _(hidden, weight, bias, needs, targets, *_):
+    loss, clip_fraction, approx_kl = (native.empty(hidden) for _ in range(3))
+    logprobs, entropy = (native.empty(hidden, *targets.shape) for _ in range(2))
     gradients = _empty_gradients((hidden, weight, bias), needs)
-    return (scalars[0], *tokens, *scalars[1:], *gradients)
+    return _Results(loss, logprobs, entropy, clip_fraction, approx_kl, *gradients)
 
 
 @_policy_bwd.register_fake
@@ -528,17 +465,19 @@ def _(dloss, hidden, weight, bias, *gradients):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.needs = inputs[-5:-2]
-    ctx.constants = len(inputs) - 3
-    ctx.save_for_backward(*inputs[:3], *output[5:])
-    ctx.mark_non_differentiable(*output[1:])
+    hidden, weight, bias, *_ = inputs
+    loss, *others = output
+    results = _Results(loss, *others)
+    ctx.save_for_backward(hidden, weight, bias, results.dhidden, results.dweight, results.dbias)
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
     gradients = _policy_bwd(dloss, *ctx.saved_tensors)
-    needed = (g if need else None for g, need in zip(gradients, ctx.needs, strict=True))
-    return (*needed, *(None,) * ctx.constants)
+    needs, constants = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
+    needed = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return (*needed, *(None for _ in constants))
 
 
 _policy_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import native
 from .backend import choose
 from .layout import Layout, check_bools, check_floats, check_like, constants, layout_of, number
-from .reference import ppo_loss as reference
+from .objective import log_ratio_bounds
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)  # in the order of segk::Aggregation
@@ -70,6 +70,8 @@ def policy_loss(
     )
     old_logprobs, advantages = constants(old_logprobs, advantages)
     if choose("policy_loss", logprobs, old_logprobs, advantages, backend=backend) == "reference":
+        from .reference import ppo_loss as reference
+
         return reference.policy_loss(
             logprobs, old_logprobs, advantages, mask, layout, clip=clip, aggregation=aggregation
         )
@@ -79,7 +81,7 @@ def policy_loss(
         advantages.contiguous(),
         mask.contiguous(),
         layout.cu_seqlens,
-        *reference.log_ratio_bounds(clip),
+        *log_ratio_bounds(clip),
         AGGREGATIONS.index(aggregation),
     )
     return loss
@@ -136,6 +138,8 @@ def value_loss(
     )
     old_values, returns = constants(old_values, returns)
     if choose("value_loss", values, old_values, returns, backend=backend) == "reference":
+        from .reference import ppo_loss as reference
+
         return reference.value_loss(
             values, old_values, returns, mask, layout, clip=clip, aggregation=aggregation
         )
@@ -215,7 +219,7 @@ def _policy_loss_fwd(
         native.ptr(loss),
         native.ptr(row_weights),
         native.ptr(scratch),
-        native.place(logprobs),
+        native.threads_or_stream(logprobs),
     )
     return loss, row_weights
 
@@ -244,7 +248,7 @@ def _policy_loss_bwd(
         high,
         native.ptr(row_weights),
         native.ptr(dlogprobs),
-        native.place(dloss),
+        native.threads_or_stream(dloss),
     )
     return dlogprobs
 
@@ -276,7 +280,7 @@ def _value_loss_fwd(
         native.ptr(loss),
         native.ptr(row_weights),
         native.ptr(scratch),
-        native.place(values),
+        native.threads_or_stream(values),
     )
     return loss, row_weights
 
@@ -303,7 +307,7 @@ def _value_loss_bwd(
         clip,
         native.ptr(row_weights),
         native.ptr(dvalues),
-        native.place(dloss),
+        native.threads_or_stream(dloss),
     )
     return dvalues
 

@@ -184,7 +184,7 @@ class HiddenRows:
             x = x.masked_fill(~self.mask[block, None], 0)
         return x.to(self.dtype)
 
-    def places(self, block: slice) -> Tensor:
+    def positions(self, block: slice) -> Tensor:
         """[B] where some of the rows stand among all of hidden's."""
         if self.index is not None:
             return self.index[block]
@@ -202,7 +202,7 @@ class HiddenRows:
             values = full.index_copy_(0, self.index, values)
         return values.view(self.shape + values.shape[1:])
 
-    def spread(self, out: Tensor, size: int) -> None:
+    def scatter(self, out: Tensor, size: int) -> None:
         """Moves rows [0, count) of out [rows of hidden, *] to their places; the others get 0.
 
         In place: no row moves towards the front, so going from the last to the first overwrites

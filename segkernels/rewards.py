@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
-import torch
 from torch import Tensor
 
-from . import native
 from .backend import choose
-from .layout import check_bools, check_floats, constants, layout_of, number
+from .credit import Credit, Reduction, Spread
+from .layout import check_bools, check_floats, constants, layout_of
+from .native import rewards as native
 from .normalizer import Normalizer
-from .reference import rewards as reference
-
-Spread = Literal["even", "repeat", "last"]
-Reduction = Literal["sum", "mean"]
-SPREADS: tuple[str, ...] = get_args(Spread)  # in the order of segk::Spread
 
 
 def scatter_segment_rewards(
@@ -54,7 +47,7 @@ def scatter_segment_rewards(
         ends: bool like ``rewards``, from ``segment_ends``. Read at action tokens only.
         mask: bool like ``rewards``, True at action tokens.
         cu_seqlens: int32 ``[N + 1]``, rows of a flat stream.
-        normalizer: any of ``segkernels.normalizer``; a running one applies its last fit.
+        normalizer: any :class:`segkernels.Normalizer`; a running one applies its last fit.
         spread, reduction: see above.
         clip: positive; ``math.inf`` clips nothing.
         backend: see ``segkernels.backend``.
@@ -65,99 +58,23 @@ def scatter_segment_rewards(
     Raises:
         ValueError: shapes that disagree; an unknown spread or reduction; a clip that is not
             positive.
-        TypeError: dtypes that disagree; a normalizer that is none.
+        TypeError: dtypes that disagree; a normalizer of another type.
         RuntimeError: a running normalizer that was never fitted.
     """
     layout = layout_of("rewards", rewards, cu_seqlens)
     check_floats("rewards", rewards)
     check_bools("ends", ends, "rewards", rewards)
     check_bools("mask", mask, "rewards", rewards)
-    check_credit(normalizer, spread, reduction, clip)
+    credit = Credit(normalizer, spread, reduction, clip)
     (rewards,) = constants(rewards)
     if choose("scatter_segment_rewards", rewards, backend=backend) == "reference":
-        return reference.scatter_segment_rewards(
-            rewards,
-            ends,
-            mask,
-            layout,
-            normalizer=normalizer,
-            spread=spread,
-            reduction=reduction,
-            clip=clip,
-        )
-    return _scatter_segment_rewards_fwd(
+        from .reference import rewards as reference
+
+        return reference.scatter_segment_rewards(rewards, ends, mask, layout, credit)
+    return native.scatter_segment_rewards_fwd(
         rewards.contiguous(),
         ends.contiguous(),
         mask.contiguous(),
         layout.cu_seqlens,
-        packed_curve(normalizer),
-        SPREADS.index(spread),
-        reduction == "mean",
-        float(clip),
+        *native.credit_arguments(credit),
     )
-
-
-def check_credit(normalizer: Normalizer | None, spread: str, reduction: str, clip: float) -> None:
-    """Raises for options of ``scatter_segment_rewards`` that it cannot take."""
-    if normalizer is not None and not isinstance(normalizer, Normalizer):
-        raise TypeError(
-            "normalizer: expected a LocationNormalizer, TableNormalizer, ScalarNormalizer, "
-            f"RunningLocationNormalizer or None, got {type(normalizer).__name__}; read one from a "
-            "dict with normalizer_from_dict"
-        )
-    if spread not in SPREADS:
-        raise ValueError(
-            f"spread: expected one of {', '.join(SPREADS)}, got {spread!r}; 'even' divides a "
-            "segment's reward by its length"
-        )
-    if reduction not in get_args(Reduction):
-        raise ValueError(
-            f"reduction: expected 'sum' or 'mean', got {reduction!r}; 'mean' divides by the number "
-            "of segments"
-        )
-    if not number("clip", clip) > 0:
-        raise ValueError(
-            f"clip: expected a positive number, got {clip}; pass math.inf to clip nothing"
-        )
-
-
-def packed_curve(normalizer: Normalizer | None) -> Tensor | None:
-    """``Curve.packed`` for a custom operator."""
-    return None if normalizer is None else normalizer.curve.packed
-
-
-def native_curve(packed: Tensor | None) -> tuple[int, int]:
-    """(address of ``Curve.packed``, number of its knots); 0 of them leave rewards as they are."""
-    return (0, 0) if packed is None else (native.ptr(packed), packed.numel() // 3 - 1)
-
-
-@native.operator
-def _scatter_segment_rewards_fwd(
-    rewards: Tensor,
-    ends: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-    curve: Tensor | None,
-    spread: int,
-    mean: bool,
-    clip: float,
-) -> Tensor:
-    out = native.empty_like(rewards)
-    native.kernels(rewards).scatter_segment_rewards_fwd(
-        native.floats(rewards),
-        native.ptr(ends),
-        native.ptr(mask),
-        native.rows(rewards, cu_seqlens),
-        native_curve(curve),
-        spread,
-        mean,
-        clip,
-        native.ptr(out),
-        native.place(rewards),
-    )
-    return out
-
-
-@torch.library.register_fake(_scatter_segment_rewards_fwd)
-def _(rewards, *_):
-    return native.empty_like(rewards)

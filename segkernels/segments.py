@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import native
 from .backend import choose
 from .layout import (
     Layout,
@@ -18,9 +17,9 @@ from .layout import (
     constants,
     layout_of,
     number,
-    values_may_be_checked,
 )
-from .reference import segments as reference
+from .native import empty, operator
+from .native import segments as native
 
 
 def segment_ends(
@@ -88,10 +87,12 @@ def segment_ends(
     current = entropy_of == "current"
     (entropy,) = constants(entropy)
     if choose("segment_ends", entropy, backend=backend) == "reference":
+        from .reference import segments as reference
+
         if rows_exclude is None:
             rows_exclude = mask.new_full((layout.n_rows,), exclude_all)
         return reference.segment_ends(entropy, mask, threshold, layout, current, rows_exclude)
-    return _segment_ends(
+    return native.segment_ends_fwd(
         entropy.contiguous(),
         mask.contiguous(),
         layout.cu_seqlens,
@@ -114,41 +115,6 @@ def _check_exclude_last(exclude_last: Tensor, layout: Layout, entropy: Tensor) -
             f"exclude_last: expected shape [{layout.n_rows}], one per row, got "
             f"{list(exclude_last.shape)}; pass True, False or whether each row ends with EOS"
         )
-
-
-@native.operator
-def _segment_ends(
-    entropy: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-    threshold: float,
-    current: bool,
-    exclude_last: Tensor | None,
-    exclude_all: bool,
-) -> Tensor:
-    if entropy.is_cuda and values_may_be_checked(entropy):
-        layout = layout_of("entropy", entropy, cu_seqlens)
-        reference.check_numbers(entropy, mask, layout, current)
-    ends = native.empty_like(mask, torch.bool)
-    nan = native.kernels(entropy).segment_ends(
-        native.floats(entropy),
-        native.ptr(mask),
-        native.rows(entropy, cu_seqlens),
-        threshold,
-        current,
-        native.ptr(exclude_last),
-        exclude_all,
-        native.ptr(ends),
-        native.place(entropy),
-    )
-    if nan >= 0:
-        raise reference.nan_entropy(layout_of("entropy", entropy, cu_seqlens), nan)
-    return ends
-
-
-@torch.library.register_fake(_segment_ends)
-def _(entropy, mask, *_):
-    return native.empty_like(mask, torch.bool)
 
 
 def segment_offsets(
@@ -195,10 +161,12 @@ def segment_offsets(
     return _segment_offsets(ends, mask, layout.cu_seqlens)
 
 
-@native.operator
+@operator
 def _segment_offsets(
     ends: Tensor, mask: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    from .reference import segments as reference
+
     return reference.segment_offsets(ends, mask, layout_of("ends", ends, cu_seqlens))
 
 
@@ -207,4 +175,18 @@ def _(ends, mask, cu_seqlens):
     segments_and_one = torch.library.get_ctx().new_dynamic_size(min=1)
     rows_and_one = layout_of("ends", ends, cu_seqlens).n_rows + 1
     sizes = segments_and_one, rows_and_one
-    return tuple(native.empty(ends, size, dtype=torch.int64) for size in sizes)
+    return tuple(empty(ends, size, dtype=torch.int64) for size in sizes)
+
+
+def segment_positions(ends: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Relative position p = (k + 1) / K of every segment, in the order of ``rewards[ends & mask]``.
+
+    ends, mask: bool ``[N, T]``, or ``[T]`` with cu_seqlens. Returns fp64 ``[S]``, in (0, 1]; rows
+    without segments give nothing. Reads sizes on the host, so it synchronises a GPU.
+    """
+    _, row_offsets = segment_offsets(ends, mask, cu_seqlens=cu_seqlens, backend="reference")
+    in_row = row_offsets.diff()
+    of_segment = in_row.repeat_interleave(in_row)
+    first = row_offsets[:-1].repeat_interleave(in_row)
+    k = torch.arange(len(first), device=first.device) - first
+    return (k + 1).double() / of_segment

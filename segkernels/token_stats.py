@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native, vocab
-from .backend import choose
+from .backend import choose, row_kernels
 from .layout import (
     check_bools,
     check_floats,
     check_like,
     check_tensor,
+    each,
     number,
     values_may_be_checked,
 )
-from .reference import token_stats as reference
 
 IGNORED = -100
 
@@ -135,6 +133,8 @@ def _token_stats(
     if inplace_backward:
         _check_inplace_backward(logits, chosen)
     if chosen == "reference":
+        from .reference import token_stats as reference
+
         if values_may_be_checked(logits):
             check_row_values(logits.shape[-1], targets, temperatures, mask)
         return reference.token_stats(logits, targets, per_row(scalar, temperatures), mask)
@@ -220,11 +220,6 @@ def _bad_temperature(value: float, where: str = "") -> ValueError:
     )
 
 
-def each(function: Callable[[Tensor], Tensor], *tensors: Tensor | None) -> list[Any]:
-    """The function of every tensor, None of None."""
-    return [None if t is None else function(t) for t in tensors]
-
-
 @torch.library.custom_op("segkernels::token_stats_fwd", mutates_args=())
 def _token_stats_fwd(
     logits: Tensor,
@@ -239,7 +234,7 @@ def _token_stats_fwd(
         check_row_values(logits.shape[-1], targets, temperatures, mask)
     targets, temperatures, mask = each(Tensor.contiguous, targets, temperatures, mask)
     logprobs, entropy, stats = empty_stats(logits.shape[:-1], targets, logits)
-    vocab.kernels(backend).forward(
+    row_kernels(backend).forward(
         vocab.Rows(vocab.addressable(logits), targets, temperature, temperatures),
         mask,
         None if targets is None else logprobs,
@@ -326,7 +321,7 @@ def _fill_gradient(
         Tensor.contiguous, targets, temperatures, dlogprobs, dentropy
     )
     rows = vocab.Rows(vocab.addressable(logits), targets, temperature, temperatures, first)
-    vocab.kernels(backend).backward(rows, stats, dlogprobs, dentropy, dlogits)
+    row_kernels(backend).backward(rows, stats, dlogprobs, dentropy, dlogits)
 
 
 def _setup_context(ctx, inputs, output):

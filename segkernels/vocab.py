@@ -1,4 +1,4 @@
-"""Rows of logits and the four kernels over them, which each backend has.
+"""Rows of logits, as the four kernels over them take them; each backend has these kernels.
 
 ``forward`` takes whole rows. ``accumulate`` takes one slice of columns after another into states,
 and ``finish`` turns those into the same numbers. ``backward`` gives the gradient of whole rows or
@@ -8,8 +8,8 @@ of a slice. They fill memory that the caller allocated, on the device of the log
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
+import torch
 from torch import Tensor
 
 
@@ -54,12 +54,29 @@ def addressable(logits: Tensor) -> Tensor:
     return logits if adjacent and len(_leading(logits)) <= 2 else logits.contiguous()
 
 
-def kernels(backend: str) -> ModuleType:
-    """The module whose four functions run on ``backend``."""
-    if backend == "triton":
-        from .triton import vocab
+def empty_states(logits: Tensor) -> Tensor:
+    """[..., 4] what is known of rows before their first column."""
+    states = torch.zeros(*logits.shape[:-1], 4, dtype=torch.float64, device=logits.device)
+    states[..., 0] = -torch.inf
+    states[..., 3] = torch.inf
+    return states
 
-        return vocab
-    from . import native_vocab
 
-    return native_vocab
+def merged(states: Tensor, temperature: float | Tensor) -> Tensor:
+    """[..., 4] of whole rows from those [shards, ..., 4] of their shards."""
+    shard_max, sums, sum_exp_d, targets = states.unbind(-1)
+    row_max = shard_max.amax(0)
+    lower = (shard_max - row_max) / temperature
+    factor = lower.exp()
+    # A shard of -inf has nothing to measure from another maximum; 0 times -inf would be NaN.
+    kept = lower.masked_fill(factor == 0, 0)
+    target = targets.amin(0)
+    return torch.stack(
+        [
+            row_max,
+            (factor * sums).sum(0),
+            (factor * (sum_exp_d + sums * kept)).sum(0),
+            target.masked_fill(target == torch.inf, torch.nan),  # in no shard
+        ],
+        -1,
+    )

@@ -11,15 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import vocab
-from .backend import choose
-from .layout import check_device, check_floats, check_tensor, constants, values_may_be_checked
-from .reference import vocab_parallel as reference
+from .backend import choose, row_kernels
+from .layout import (
+    check_device,
+    check_floats,
+    check_tensor,
+    constants,
+    each,
+    values_may_be_checked,
+)
 from .token_stats import (
     IGNORED,
     _token_stats_bwd,
     check_row_inputs,
     check_row_values,
-    each,
     empty_stats,
     per_row,
 )
@@ -108,6 +113,8 @@ def vocab_shard_stats(
     logits = logits.detach()
     name = choose("vocab_shard_stats", logits, backend=backend)
     if name == "reference":
+        from .reference import vocab_parallel as reference
+
         if values_may_be_checked(logits):
             check_row_values(0, None, temperatures, mask)
         return reference.shard_stats(
@@ -144,6 +151,8 @@ def merge_vocab_stats(
     (states,) = constants(states)
     name = choose("merge_vocab_stats", logits, backend=backend)
     if name == "reference":
+        from .reference import vocab_parallel as reference
+
         if values_may_be_checked(logits):
             _check_values(states, targets, mask)
         return reference.logprobs_and_entropy(
@@ -234,14 +243,14 @@ def _shard_stats(
     if values_may_be_checked(logits):
         check_row_values(0, None, temperatures, mask)
     temperatures, mask = each(Tensor.contiguous, temperatures, mask)
-    states = reference.empty_states(logits)
+    states = vocab.empty_states(logits)
     columns = logits.shape[-1]
     if columns == 0:
         return states
     # Counted from the shard's own first column, where states start.
     local = None if targets is None else (targets - vocab_start).contiguous()
     rows = vocab.Rows(vocab.addressable(logits), local, temperature, temperatures)
-    vocab.kernels(backend).accumulate(rows, mask, states)
+    row_kernels(backend).accumulate(rows, mask, states)
     if local is None:
         states[..., 3] = torch.inf
     else:
@@ -268,9 +277,9 @@ def _merge_stats(
     if values_may_be_checked(logits):
         _check_values(states, targets, mask)
     targets, temperatures, mask = each(Tensor.contiguous, targets, temperatures, mask)
-    whole = reference.merge(states, per_row(temperature, temperatures))
+    whole = vocab.merged(states, per_row(temperature, temperatures))
     logprobs, entropy, stats = empty_stats(logits.shape[:-1], targets, logits)
-    vocab.kernels(backend).finish(
+    row_kernels(backend).finish(
         vocab.Rows(vocab.addressable(logits), targets, temperature, temperatures, vocab_start),
         mask,
         whole,

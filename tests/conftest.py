@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from segkernels import backend, linear_policy, native_vocab, projection, vocab
+from segkernels import backend, linear_policy, projection
 
 # Before anything imports triton: without a GPU, its interpreter runs the kernels.
 if not torch.cuda.is_available():
@@ -62,7 +62,7 @@ def gpu_driver(monkeypatch):
     ones by orders of magnitude."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(backend, "TRITON_INSTALLED", True)
-    monkeypatch.setattr(vocab, "kernels", lambda backend: native_vocab)
+    monkeypatch.setitem(backend.ROW_KERNELS, "triton", backend.ROW_KERNELS["native"])
 
 
 @pytest.fixture

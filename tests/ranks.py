@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from segkernels.advantages import whiten
-from segkernels.normalizer import RunningLocationNormalizer
-from segkernels.vocab_parallel import vocab_parallel_logprobs_and_entropy
+from segkernels import (
+    RunningLocationNormalizer,
+    vocab_parallel_logprobs_and_entropy,
+    whiten,
+)
 
 
 def on_ranks(function, n_ranks, folder, *args):

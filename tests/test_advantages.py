@@ -9,18 +9,17 @@ from ranks import on_ranks, whitened
 from test_rewards import CREDITS, NORMALIZERS, naive_token_rewards
 from tolerance import assert_close
 
-from segkernels import native
-from segkernels.advantages import (
-    _gae_fwd,
-    _moments_fwd,
-    _segment_advantages_fwd,
-    _whiten_fwd,
+from segkernels import (
     gae,
+    native,
+    scatter_segment_rewards,
     segment_advantages,
+    segment_ends,
     whiten,
 )
-from segkernels.rewards import packed_curve, scatter_segment_rewards
-from segkernels.segments import segment_ends
+from segkernels.native.advantages import segment_advantages_fwd
+from segkernels.native.gae import gae_fwd
+from segkernels.native.whiten import moments_fwd, whiten_fwd
 
 BACKENDS = ("reference", "native")
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -371,14 +370,14 @@ def test_not_differentiable(backend):
 def test_custom_operators():
     case = CASES["holes"]
     rewards, ends, logprobs, ref_logprobs, values, mask = draw(case)
-    torch.library.opcheck(_gae_fwd, (rewards, values, mask, case.cu_seqlens, 1.0, 0.95))
-    curve = packed_curve(NORMALIZERS["table"][0])
+    torch.library.opcheck(gae_fwd, (rewards, values, mask, case.cu_seqlens, 1.0, 0.95))
+    curve = NORMALIZERS["table"][0].curve.packed
     streams = rewards, ends, logprobs, ref_logprobs, values, mask, case.cu_seqlens
     torch.library.opcheck(
-        _segment_advantages_fwd, (*streams, curve, 0, False, 10.0, 0.01, 1.0, 0.95)
+        segment_advantages_fwd, (*streams, curve, 0, False, 10.0, 0.01, 1.0, 0.95)
     )
-    torch.library.opcheck(_moments_fwd, (values, mask))
-    torch.library.opcheck(_whiten_fwd, (values, mask, _moments_fwd(values, mask), True))
+    torch.library.opcheck(moments_fwd, (values, mask))
+    torch.library.opcheck(whiten_fwd, (values, mask, moments_fwd(values, mask), True))
 
 
 def test_compiles():

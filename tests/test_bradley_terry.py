@@ -8,11 +8,11 @@ from layouts import CASES, Case, cases
 from tolerance import assert_close
 
 from segkernels import BradleyTerry, segment_bradley_terry, segment_scores
-from segkernels.bradley_terry import (
-    _segment_bradley_terry_bwd,
-    _segment_bradley_terry_fwd,
-    _segment_scores_bwd,
-    _segment_scores_fwd,
+from segkernels.native.bradley_terry import (
+    segment_bradley_terry_bwd,
+    segment_bradley_terry_fwd,
+    segment_scores_bwd,
+    segment_scores_fwd,
 )
 
 BACKENDS = ("reference", "native")
@@ -456,15 +456,15 @@ def test_operators_are_registered_soundly(packed, dtype):
         cu = None
     rewards.requires_grad_()
     n_rows = len(case.lengths)
-    torch.library.opcheck(_segment_scores_fwd, (rewards, ends, mask, cu, True))
+    torch.library.opcheck(segment_scores_fwd, (rewards, ends, mask, cu, True))
     torch.library.opcheck(
-        _segment_bradley_terry_fwd,
+        segment_bradley_terry_fwd,
         (rewards, ends, mask, cu, torch.ones(n_rows // 2), True, 0.1, 0.01),
     )
     scores, counts = torch.randn(n_rows), torch.ones(n_rows, dtype=torch.int32)
-    torch.library.opcheck(_segment_scores_bwd, (scores, counts, ends, mask, cu, True))
+    torch.library.opcheck(segment_scores_bwd, (scores, counts, ends, mask, cu, True))
     torch.library.opcheck(
-        _segment_bradley_terry_bwd,
+        segment_bradley_terry_bwd,
         (torch.ones(()), scores, torch.randn(n_rows), counts, ends, mask, cu, True),
     )
 

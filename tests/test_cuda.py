@@ -25,7 +25,7 @@ from segkernels import (
     segment_scores,
     whiten,
 )
-from segkernels.rewards import native_curve
+from segkernels.native.rewards import curve_address
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 NAN = float("nan")
@@ -95,7 +95,7 @@ def device(request, monkeypatch):
     device = Device(request.param)
     if device.name == "host":
         monkeypatch.setattr(native, "kernels", lambda tensor: on_host())
-        monkeypatch.setattr(native, "place", lambda tensor: 0)
+        monkeypatch.setattr(native, "threads_or_stream", lambda tensor: 0)
     else:
         assert native.cuda_extension is not None, native.cuda_missing
     monkeypatch.setattr(native, "empty", device.empty)
@@ -463,7 +463,7 @@ def test_whiten_says_so_where_there_is_no_variance(device):
 def test_each_op_is_one_launch_each_way(monkeypatch):
     device = Device("host")
     monkeypatch.setattr(native, "kernels", lambda tensor: on_host())
-    monkeypatch.setattr(native, "place", lambda tensor: 0)
+    monkeypatch.setattr(native, "threads_or_stream", lambda tensor: 0)
     case = CASES["response"]
     flat = {"cu_seqlens": case.cu_seqlens}
     rewards, ends, logprobs, ref_logprobs, values, mask = test_advantages.draw(case)
@@ -495,12 +495,12 @@ def test_too_many_knots():
             ends=0,
             mask=0,
             rows=(1, 4, 0),
-            curve=native_curve(packed),
+            curve=curve_address(packed),
             spread=0,
             mean=False,
             clip=1.0,
             out=native.ptr(x),
-            place=0,
+            executor=0,
         )
 
 

@@ -36,7 +36,7 @@ def test_layout_of_a_grid():
     assert (layout.n_rows, layout.row_len, layout.n_tokens) == (2, 3, 6)
     assert layout.cu_seqlens is None
     assert layout.row_ids(CPU_ONLY).tolist() == [0, 0, 0, 1, 1, 1]
-    assert layout.place(5) == "row 1, position 2"
+    assert layout.position(5) == "row 1, position 2"
 
 
 def test_layout_of_a_flat_stream():
@@ -44,8 +44,8 @@ def test_layout_of_a_flat_stream():
     assert (layout.n_rows, layout.row_len, layout.n_tokens) == (4, 0, 7)
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.row_ids(CPU_ONLY).tolist() == [1, 1, 1, 1, 3, 3, 3]
-    assert layout.place(0) == "row 1, position 0"
-    assert layout.place(6) == "row 3, position 2"
+    assert layout.position(0) == "row 1, position 0"
+    assert layout.position(6) == "row 3, position 2"
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def ends_by_native(entropy, mask, ends, threads):
         exclude_last=0,
         exclude_all=True,
         ends=native.ptr(ends),
-        place=threads,
+        executor=threads,
     )
 
 
@@ -293,9 +293,8 @@ def test_a_forked_child_has_a_pool_of_its_own():
     assert torch.equal(ends, expected)
 
 
-@pytest.mark.parametrize("changed", ["bfloat16", "float64", "meta"])
-def test_torchs_defaults_do_not_matter(changed):
-    """Kernels write fp32 on the CPU, whatever a bare torch.empty would have given."""
+def every_op():
+    """Results of all ops that have kernels, with gradients."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, 9, generator=g).requires_grad_()
     mask, ends = torch.ones(4, 9, dtype=torch.bool), torch.rand(4, 9, generator=g) < 0.4
@@ -304,7 +303,7 @@ def test_torchs_defaults_do_not_matter(changed):
     bias = torch.randn(11, generator=g).requires_grad_()
     targets = torch.randint(0, 11, (4, 9), generator=g)
 
-    def everything():
+    def run():
         outs = [
             *sk.logprobs_and_entropy(hidden @ weight.T, targets),
             *sk.linear_logprobs_and_entropy(hidden, weight, targets, bias=bias),
@@ -313,10 +312,18 @@ def test_torchs_defaults_do_not_matter(changed):
             sk.segment_bradley_terry(x, ends, mask).loss,
             sk.policy_loss(x, x.detach() - 0.1, x.detach(), mask),
             sk.value_loss(x, x.detach() - 0.1, x.detach(), mask),
+            sk.entropy_from_logits(hidden @ weight.T),
+            *(
+                sk.linear_policy_loss(
+                    hidden.to(dtype), weight, targets, x.detach(), x.detach(), mask, bias=bias
+                ).loss
+                for dtype in (torch.float32, torch.float16)
+            ),
         ]
         grads = torch.autograd.grad(sum(out.sum() for out in outs), (x, hidden, weight, bias))
         y = x.detach()
         constants = [
+            sk.segment_ends(y, mask, 0.3),
             sk.scatter_segment_rewards(y, ends, mask, normalizer=sk.ScalarNormalizer(0.0, 2.0)),
             *sk.segment_advantages(y, ends, y, 0.5 * y, y, mask),
             *sk.gae(y, y, mask),
@@ -327,6 +334,34 @@ def test_torchs_defaults_do_not_matter(changed):
         fit = running.refit()
         return [*outs, *grads, *constants, fit.means, fit.stds]
 
+    return run
+
+
+def test_kernels_run_without_the_reference():
+    """What is plain PyTorch beside a kernel stands with the op, not with its definition."""
+    program = (
+        "import sys, test_layout_backend\n"
+        "test_layout_backend.every_op()()\n"
+        "print(*[name for name in sys.modules if name.startswith('segkernels.reference')])\n"
+        "import segkernels, torch\n"
+        "segkernels.gae(*torch.ones(2, 1, 3), torch.ones(1, 3) > 0, backend='reference')\n"
+        "print('segkernels.reference' in sys.modules)\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=os.path.dirname(__file__),
+        env={k: v for k, v in os.environ.items() if k != "SEGKERNELS_BACKEND"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert out == "\nTrue\n"
+
+
+@pytest.mark.parametrize("changed", ["bfloat16", "float64", "meta"])
+def test_torchs_defaults_do_not_matter(changed):
+    """Kernels write fp32 on the CPU, whatever a bare torch.empty would have given."""
+    everything = every_op()
     before = everything()
     old = torch.get_default_dtype()
     try:

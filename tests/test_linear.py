@@ -249,12 +249,10 @@ def test_rows_without_upstream_gradient_take_no_part(keep_logits):
     up = torch.zeros_like(entropy)
     up[[0, 3]] = 2.0
     expected = linear_bwd(
-        hidden, weight, targets, bias, 1.0, None, *saved, up, None, True, True, True, *WHERE
+        hidden, weight, targets, bias, 1.0, None, *saved, up, None, [True] * 3, *WHERE
     )
     hidden[torch.arange(8) != 3] = NAN
-    got = linear_bwd(
-        hidden, weight, targets, bias, 1.0, None, *saved, up, None, True, True, True, *WHERE
-    )
+    got = linear_bwd(hidden, weight, targets, bias, 1.0, None, *saved, up, None, [True] * 3, *WHERE)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
     assert (got[0][torch.arange(8) != 3] == 0).all()
@@ -398,7 +396,7 @@ def test_opcheck(masked, keep_logits):
     detached = [t.detach() for t in inputs]
     saved = linear_fwd(detached[0], detached[1], targets, detached[2], *how)[2:]
     up = torch.randn(3, 4, generator=generator())
-    for needs in ((True, True, True), (False, True, False)):
+    for needs in ([True, True, True], [False, True, False]):
         torch.library.opcheck(
             linear_bwd,
             (
@@ -411,7 +409,7 @@ def test_opcheck(masked, keep_logits):
                 *saved,
                 up,
                 None,
-                *needs,
+                needs,
                 *WHERE,
             ),
         )

@@ -514,7 +514,7 @@ def op_arguments(case, dtype=torch.float32, needs=(True, True, True), workspace=
     floats = [t.requires_grad_(need) for t, need in zip(floats, needs, strict=True)]
     rest = (tokens[n] for n in ("targets", "old_logprobs", "advantages", "ref_logprobs", "mask"))
     options = (0.9, None, 0.2, 0.1, 0.05, "seq-mean-token-mean")
-    return (*floats, *rest, case.cu_seqlens, *options, *needs, workspace, "native")
+    return (*floats, list(needs), *rest, case.cu_seqlens, *options, workspace, "native")
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])

@@ -12,18 +12,19 @@ from sklearn.linear_model import HuberRegressor
 from test_rewards import NORMALIZERS, draw
 from test_rewards import normalizers as normalizer_names
 
-from segkernels import moments, native
-from segkernels.normalizer import (
+from segkernels import (
     LocationNormalizer,
     RunningLocationNormalizer,
     ScalarNormalizer,
     TableNormalizer,
-    _location_moments,
     fit_location,
-    huber_line,
+    moments,
+    native,
     normalizer_from_dict,
     segment_positions,
 )
+from segkernels.native.running_normalizer import location_moments
+from segkernels.normalizer_fit import huber_line
 
 NAN = float("nan")
 INF = float("inf")
@@ -461,10 +462,10 @@ def test_update_does_not_depend_on_threads(two_threads):
 def test_update_is_a_custom_operator():
     for dtype in (torch.float32, torch.float16):
         rewards, ends, mask = batch_of(0, rows=5, dtype=dtype)
-        torch.library.opcheck(_location_moments, (rewards, ends, mask, None, 10))
+        torch.library.opcheck(location_moments, (rewards, ends, mask, None, 10))
     case = CASES["holes"]
     rewards, ends = draw(case)
-    torch.library.opcheck(_location_moments, (rewards, ends, case.mask, case.cu_seqlens, 1000))
+    torch.library.opcheck(location_moments, (rewards, ends, case.mask, case.cu_seqlens, 1000))
 
 
 def test_state_round_trips_in_the_middle_of_a_batch():
@@ -489,6 +490,15 @@ def test_state_can_be_saved_without_pickle(tmp_path):
     state = running_after(batch_of(0)).state_dict()
     torch.save(state, tmp_path / "state.pt")
     assert torch.load(tmp_path / "state.pt", weights_only=True) == state
+
+
+@pytest.mark.parametrize("wrong", [{"decay": 2.0}, {"past": {"bin": [1]}}, {"applied": {}}])
+def test_a_state_that_cannot_be_read_changes_nothing(wrong):
+    running, other = running_after(batch_of(0)), running_after(batch_of(1))
+    before = running.state_dict()
+    with pytest.raises((ValueError, KeyError)):
+        running.load_state_dict({**other.state_dict(), **wrong})
+    assert running.state_dict() == before
 
 
 def test_unfitted_is_an_error_that_says_what_to_do():

@@ -7,17 +7,14 @@ from hypothesis import strategies as st
 from layouts import CASES, Case, cases
 from tolerance import assert_close
 
-from segkernels.normalizer import (
+from segkernels import (
     LocationNormalizer,
     RunningLocationNormalizer,
     ScalarNormalizer,
     TableNormalizer,
-)
-from segkernels.rewards import (
-    _scatter_segment_rewards_fwd,
-    packed_curve,
     scatter_segment_rewards,
 )
+from segkernels.native.rewards import scatter_segment_rewards_fwd
 
 BACKENDS = ("reference", "native")
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -253,9 +250,9 @@ def test_not_differentiable(backend):
 def test_custom_operator(normalizer):
     case = CASES["holes"]
     rewards, ends = draw(case)
-    curve = packed_curve(NORMALIZERS[normalizer][0])
+    curve = None if normalizer == "none" else NORMALIZERS[normalizer][0].curve.packed
     args = (rewards, ends, case.mask, case.cu_seqlens, curve, 0, True, 10.0)
-    torch.library.opcheck(_scatter_segment_rewards_fwd, args)
+    torch.library.opcheck(scatter_segment_rewards_fwd, args)
 
 
 @pytest.mark.parametrize("normalizer", ["none", "line", "table"])

@@ -6,7 +6,8 @@ from layouts import CASES, Case, cases
 
 from segkernels import segment_ends, segment_offsets
 from segkernels.backend import BackendError
-from segkernels.segments import _segment_ends, _segment_offsets
+from segkernels.native.segments import segment_ends_fwd
+from segkernels.segments import _segment_offsets
 
 BACKENDS = ("reference", "native")
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -287,8 +288,8 @@ def test_operator_is_registered_soundly(entropy_of):
     current = entropy_of == "current"
     packed = (entropy, case.mask, case.cu_seqlens, 1.0, current, exclude, True)
     grid = (case.grid(entropy, NAN), case.grid(case.mask, False), None, 1.0, current, None, False)
-    torch.library.opcheck(_segment_ends, packed)
-    torch.library.opcheck(_segment_ends, grid)
+    torch.library.opcheck(segment_ends_fwd, packed)
+    torch.library.opcheck(segment_ends_fwd, grid)
 
 
 def test_compiles():

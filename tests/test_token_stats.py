@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
 
-from segkernels import entropy_from_logits, logprobs_and_entropy, native, native_vocab
+from segkernels import entropy_from_logits, logprobs_and_entropy, native
 from segkernels.backend import BackendError
+from segkernels.native import vocab
 from segkernels.token_stats import _token_stats_bwd, _token_stats_bwd_, _token_stats_fwd
 from segkernels.vocab import Rows
 
@@ -452,7 +453,7 @@ def test_new_and_old_memory_get_the_same_gradient():
     old.fill_(float("nan"))
     mixed[::2].fill_(float("nan"))
     for memory in (new, old, mixed):
-        native_vocab.backward(Rows(logits, targets, 0.9), stats, *upstream, memory)
+        vocab.backward(Rows(logits, targets, 0.9), stats, *upstream, memory)
     assert new.isfinite().all()
     assert torch.equal(old, new)
     assert torch.equal(mixed, new)

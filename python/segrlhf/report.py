@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from segkernels.normalizer import normalizer_from_dict
+from segkernels import normalizer_from_dict
 
 Point = tuple[float, float]
 
@@ -312,7 +312,7 @@ def _middle(values: Sequence[float], counts: Sequence[float], share: float = 0.9
 def normalizer_svg(fit: Mapping[str, Any]) -> str:
     """Mean and std of segment rewards over position: measured, as a log line, and as a table.
 
-    ``fit`` has the fields of ``segkernels.normalizer.LocationFit`` in plain lists: ``positions``,
+    ``fit`` has the fields of ``segkernels.LocationFit`` in plain lists: ``positions``,
     ``means``, ``stds`` and ``counts`` of equal length, ``line`` and ``table`` by ``to_dict()``, and
     ``r2_mean`` and ``r2_std``. The frame holds both curves and the middle 99 % of the segments'
     positions by value, so that a few rare positions do not flatten it.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..layout import Layout
+from ..objective import clipped, squared_log_ratio, token_terms
 from ._actions import accumulation_dtype, actions
-from .ppo_loss import aggregate, log_ratio_bounds, surrogate
+from .ppo_loss import aggregate
 
 
 def policy_terms(
@@ -35,35 +35,3 @@ def policy_terms(
     count = max(new.numel(), 1)
     clip_fraction = clipped(new, old, weights, clip).to(dtype).sum() / count
     return loss, clip_fraction, squared_log_ratio(new, old).sum() / count
-
-
-def token_terms(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    entropy: Tensor,
-    ref_logprobs: Tensor | None,
-    clip: float,
-    kl_coef: float,
-    entropy_coef: float,
-) -> Tensor:
-    """What each token adds to the loss, elementwise."""
-    terms = surrogate(logprobs, old_logprobs, advantages, clip)
-    if kl_coef and ref_logprobs is not None:
-        q = logprobs - ref_logprobs
-        terms = terms + kl_coef * (torch.expm1(-q) + q)
-    if entropy_coef:
-        terms = terms - entropy_coef * entropy
-    return terms
-
-
-def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Which tokens have the clipped form as the smaller one, and so no gradient from it."""
-    low, high = log_ratio_bounds(clip)
-    q = (logprobs - old_logprobs).detach()
-    return ((advantages > 0) & (q > high)) | ((advantages < 0) & (q < low))
-
-
-def squared_log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Half the square: its mean estimates the KL divergence of the two policies."""
-    return 0.5 * (logprobs - old_logprobs).detach().square()

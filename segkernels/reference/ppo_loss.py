@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..layout import Layout
+from ..objective import surrogate
 from ._actions import Actions, accumulation_dtype, actions
-
-
-def log_ratio_bounds(clip: float) -> tuple[float, float]:
-    """log(1 - clip) and log(1 + clip); no lower bound where 1 - clip is no ratio."""
-    return (math.log1p(-clip) if clip < 1 else -math.inf), math.log1p(clip)
-
-
-def surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """-min(rho A, clip(rho) A) of each token, elementwise.
-
-    The log of the ratio is held where clipping lets the loss grow no further, so exp cannot
-    overflow into 0 * inf for a token whose term is bounded.
-    """
-    low, high = log_ratio_bounds(clip)
-    q = logprobs - old_logprobs
-    q = torch.where(advantages >= 0, q.clamp(max=high), q.clamp(min=low))
-    return -advantages * q.exp()
 
 
 def squared_error(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:

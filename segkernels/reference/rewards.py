@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..credit import Credit
 from ..layout import Layout
 from ._actions import Actions, accumulation_dtype, actions
 
@@ -35,62 +36,36 @@ def segments(ends: Tensor, acts: Actions) -> Segments:
     return Segments(is_end, row, k, in_row)
 
 
-def pay(
-    rewards: Tensor,
-    ends: Tensor,
-    acts: Actions,
-    dtype: torch.dtype,
-    *,
-    normalizer,
-    spread: str,
-    reduction: str,
-    clip: float,
+def token_rewards(
+    rewards: Tensor, ends: Tensor, acts: Actions, dtype: torch.dtype, credit: Credit
 ) -> Tensor:
     """[A] token rewards at the action tokens."""
     segs = segments(ends, acts)
     r = acts.take(rewards)[segs.is_end].to(dtype)  # [S]
     r = torch.where(r.isfinite(), r, math.nan)  # clipping would make infinity plausible
-    if normalizer is not None:
-        r = normalizer(r, segs.positions(dtype))
+    if credit.normalizer is not None:
+        r = credit.normalizer(r, segs.positions(dtype))
 
     # Segment of each action token; the tokens behind the last end of a row have none.
     first = segs.in_row.cumsum(0) - segs.in_row
     segment = segs.is_end.cumsum(0) - segs.is_end.long()  # [A]
-    paid = segment - first[acts.row] < segs.in_row[acts.row]
-    segment = segment[paid]
+    in_segment = segment - first[acts.row] < segs.in_row[acts.row]
+    segment = segment[in_segment]
 
-    if spread == "even":
+    if credit.spread == "even":
         r = r / torch.bincount(segment, minlength=r.numel()).to(dtype)
-    if reduction == "mean":
+    if credit.reduction == "mean":
         r = r / segs.in_row[segs.row].to(dtype)
-    out = r.new_zeros(paid.shape)
-    if spread == "last":
+    out = r.new_zeros(in_segment.shape)
+    if credit.spread == "last":
         out[segs.is_end] = r
     else:
-        out[paid] = r[segment]
-    return out.clamp(-clip, clip)
+        out[in_segment] = r[segment]
+    return out.clamp(-credit.clip, credit.clip)
 
 
 def scatter_segment_rewards(
-    rewards: Tensor,
-    ends: Tensor,
-    mask: Tensor,
-    layout: Layout,
-    *,
-    normalizer,
-    spread: str,
-    reduction: str,
-    clip: float,
+    rewards: Tensor, ends: Tensor, mask: Tensor, layout: Layout, credit: Credit
 ) -> Tensor:
     acts = actions(mask, layout)
-    paid = pay(
-        rewards,
-        ends,
-        acts,
-        accumulation_dtype(rewards),
-        normalizer=normalizer,
-        spread=spread,
-        reduction=reduction,
-        clip=clip,
-    )
-    return acts.put(paid)
+    return acts.put(token_rewards(rewards, ends, acts, accumulation_dtype(rewards), credit))

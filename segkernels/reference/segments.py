@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Layout, values_may_be_checked
+from ..layout import Layout, nan_entropy, values_may_be_checked
 from ._actions import Actions, actions
 
 
@@ -48,13 +48,6 @@ def _check_numbers(h: Tensor, a: Actions, decides: Tensor) -> None:
     nan = (h.isnan() & decides).nonzero()
     if nan.numel():
         raise nan_entropy(a.layout, int(a.index[nan[0, 0]]))
-
-
-def nan_entropy(layout: Layout, token: int) -> ValueError:
-    return ValueError(
-        f"entropy: expected numbers at action tokens, got NaN at {layout.place(token)}; look for "
-        "NaN in the logits that it came from, or leave the token out of the mask"
-    )
 
 
 def segment_offsets(ends: Tensor, mask: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -26,15 +26,15 @@ def row_stats(
     # The maximum is a constant here: neither result depends on a shift of z.
     d = z - z.amax(-1, keepdim=True).detach()
     e = d.exp()
-    total = e.sum(-1)
+    sum_exp = e.sum(-1)
     # exp(d) d tends to 0 at -inf, where the product is NaN.
-    weighted = (e * d.masked_fill(d == -torch.inf, 0)).sum(-1)
-    entropy = total.log() - weighted / total
+    sum_exp_d = (e * d.masked_fill(d == -torch.inf, 0)).sum(-1)
+    entropy = sum_exp.log() - sum_exp_d / sum_exp
     if targets is None:
         return None, entropy
     has_target = targets >= 0
     at_target = d.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-    logprobs = at_target - total.log()
+    logprobs = at_target - sum_exp.log()
     return torch.where(has_target, logprobs, torch.zeros_like(logprobs)), entropy
 
 

@@ -6,16 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..vocab import empty_states, merged
 from ._actions import accumulation_dtype
 from .token_stats import put_rows, take_per_row, take_rows
-
-
-def empty_states(logits: Tensor) -> Tensor:
-    """[..., 4] what is known of rows before their first column."""
-    states = torch.zeros(*logits.shape[:-1], 4, dtype=torch.float64, device=logits.device)
-    states[..., 0] = -torch.inf
-    states[..., 3] = torch.inf
-    return states
 
 
 def shard_stats(
@@ -28,34 +21,14 @@ def shard_stats(
     shape = logits.shape[:-1]
     z = _columns(logits, mask)
     targets, temperature = take_per_row(targets, temperature, shape, mask)
-    top = z.amax(-1)
-    total, weighted = _sums(z, top.masked_fill(top == -torch.inf, 0), temperature)
-    nowhere = torch.full_like(top, torch.inf)
+    row_max = z.amax(-1)
+    sum_exp, sum_exp_d = _sums(z, row_max.masked_fill(row_max == -torch.inf, 0), temperature)
+    nowhere = torch.full_like(row_max, torch.inf)
     target = nowhere if targets is None else _at_target(z, targets - vocab_start, nowhere)
-    states = torch.stack([top, total, weighted, target], -1).double()
+    states = torch.stack([row_max, sum_exp, sum_exp_d, target], -1).double()
     if mask is None:
         return states.view(*shape, 4)
     return empty_states(logits).masked_scatter(mask[..., None], states)
-
-
-def merge(states: Tensor, temperature: float | Tensor) -> Tensor:
-    """[..., 4] of whole rows from those [shards, ..., 4] of their shards."""
-    shard_max, sums, weighted, targets = states.unbind(-1)
-    top = shard_max.amax(0)
-    lower = (shard_max - top) / temperature
-    factor = lower.exp()
-    # A shard of -inf has nothing to measure from another maximum; 0 times -inf would be NaN.
-    kept = lower.masked_fill(factor == 0, 0)
-    target = targets.amin(0)
-    return torch.stack(
-        [
-            top,
-            (factor * sums).sum(0),
-            (factor * (weighted + sums * kept)).sum(0),
-            target.masked_fill(target == torch.inf, torch.nan),  # in no shard
-        ],
-        -1,
-    )
 
 
 def logprobs_and_entropy(
@@ -67,22 +40,22 @@ def logprobs_and_entropy(
     mask: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     shape = logits.shape[:-1]
-    whole = take_rows(merge(states, temperature), shape, mask)
+    whole = take_rows(merged(states, temperature), shape, mask)
     z = _columns(logits, mask)
     targets, temperature = take_per_row(targets, temperature, shape, mask)
-    top, total, weighted, target = whole.unbind(-1)
+    row_max, sum_exp, sum_exp_d, target = whole.unbind(-1)
     # The other shards' parts are constants here: the gradient is that of this shard.
-    total, weighted = (
+    sum_exp, sum_exp_d = (
         of_all + (own - own.detach())
         for of_all, own in zip(
-            (total, weighted), _sums(z, top.to(z.dtype), temperature), strict=True
+            (sum_exp, sum_exp_d), _sums(z, row_max.to(z.dtype), temperature), strict=True
         )
     )
-    entropy = (total.log() - weighted / total).to(z.dtype)
+    entropy = (sum_exp.log() - sum_exp_d / sum_exp).to(z.dtype)
     if targets is None:
         return put_rows((None, entropy), shape, mask)
     target = _at_target(z, targets - vocab_start, target)
-    logprobs = ((target - top) / temperature - total.log()).to(z.dtype)
+    logprobs = ((target - row_max) / temperature - sum_exp.log()).to(z.dtype)
     return put_rows((logprobs.masked_fill(targets < 0, 0), entropy), shape, mask)
 
 
@@ -93,10 +66,10 @@ def _columns(logits: Tensor, mask: Tensor | None) -> Tensor:
     return pad(rows.to(accumulation_dtype(logits)), (0, 1), value=-torch.inf)
 
 
-def _sums(z: Tensor, top: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of exp(d) and of exp(d) d, d = (z - top) / temperature."""
+def _sums(z: Tensor, row_max: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of exp(d) and of exp(d) d, d = (z - row_max) / temperature."""
     divisor = temperature.to(z.dtype)[:, None] if isinstance(temperature, Tensor) else temperature
-    d = (z - top[:, None]) / divisor
+    d = (z - row_max[:, None]) / divisor
     e = d.exp()
     return e.sum(-1), (e * d.masked_fill(d == -torch.inf, 0)).sum(-1)
 

@@ -1,0 +1,55 @@
+"""Token rewards in the compiled extension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..credit import SPREADS, Credit
+
+
+def credit_arguments(credit: Credit) -> tuple[Tensor | None, int, bool, float]:
+    """A credit as an operator takes it: (curve, spread, mean, clip).
+
+    The curve is a tensor, because torch.compile compiles again for every new float.
+    """
+    curve = None if credit.normalizer is None else credit.normalizer.curve.packed
+    return curve, SPREADS.index(credit.spread), credit.reduction == "mean", float(credit.clip)
+
+
+def curve_address(curve: Tensor | None) -> tuple[int, int]:
+    """(address of ``Curve.packed``, number of its knots); 0 of them leave rewards as they are."""
+    return (0, 0) if curve is None else (native.ptr(curve), curve.numel() // 3 - 1)
+
+
+@native.operator
+def scatter_segment_rewards_fwd(
+    rewards: Tensor,
+    ends: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    curve: Tensor | None,
+    spread: int,
+    mean: bool,
+    clip: float,
+) -> Tensor:
+    out = native.empty_like(rewards)
+    native.kernels(rewards).scatter_segment_rewards_fwd(
+        native.floats(rewards),
+        native.ptr(ends),
+        native.ptr(mask),
+        native.rows(rewards, cu_seqlens),
+        curve_address(curve),
+        spread,
+        mean,
+        clip,
+        native.ptr(out),
+        native.threads_or_stream(rewards),
+    )
+    return out
+
+
+@torch.library.register_fake(scatter_segment_rewards_fwd)
+def _(rewards, *_):
+    return native.empty_like(rewards)
