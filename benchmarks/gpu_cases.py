@@ -25,7 +25,7 @@ import torch
 from cases import OURS, Case, Missing
 from compare import compare
 from goals import LIGER
-from gpu_clock import EventClock, graph, launches
+from gpu_clock import EventClock, graph, launches, one_by_one
 from gpu_sweep import row_kernels, tiles
 from gpu_worker import announce, serve
 from machine import copy_bandwidth, header
@@ -136,27 +136,27 @@ def _asked_for(case: Case, request: Request) -> Case:
     return case
 
 
+def _beyond_the_cache(size: int) -> int:
+    """How many copies of so many bytes fill the L2 cache twice."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(64, max(3, math.ceil(2 * cache / max(size, 1))))
+
+
 def measure(name: str, dry: bool, request: Request) -> dict[str, Any]:
     """The case's line of the result file."""
     measurement = measurements(dry)[name]
     case = _asked_for(measurement.make(0), request)
-    if dry:
-        comparison = compare(case, 0.0, announce=announce)
-        comparison.alternation.run()
-        return comparison.finish()
+    clock, seconds = (wall_clock, 0.0) if dry else (EventClock(), 0.2)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    clock = EventClock()
-    if not measurement.graph:
-        comparison = compare(case, 0.2, clock, announce=announce)
-        comparison.alternation.run()
-        return comparison.finish()
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    count = min(64, max(3, math.ceil(2 * cache / max(case.moved, 1))))
-    copies = [_asked_for(measurement.make(seed), request) for seed in range(1, count)]
-    comparison = compare(case, 0.2, clock, copies, graph(clock), announce)
+    copies, batch = [], None
+    if measurement.graph:
+        count = 2 if dry else _beyond_the_cache(case.moved)
+        copies = [_asked_for(measurement.make(seed), request) for seed in range(1, count)]
+        batch = one_by_one if dry else graph(clock)
+    comparison = compare(case, seconds, clock, copies, batch, announce)
     comparison.alternation.run()
     line = comparison.finish()
-    if PROFILER in request["without"]:
+    if dry or not measurement.graph or PROFILER in request["without"]:
         return line
     announce(PROFILER)
     ours = next(each for each in line["contenders"] if each["name"] == OURS)
@@ -201,7 +201,7 @@ def jobs(dry: bool) -> dict[str, Callable[[Request], dict[str, Any]]]:
         "facts": partial(facts, dry),
         "smoke": lambda request: smoke(dry),
         "sweep tiles": lambda request: tiles(device, clock, dry),
-        "sweep row kernels": lambda request: row_kernels(clock, *request["sizes"]),
+        "sweep row kernels": lambda request: row_kernels(device, clock, dry, request["sizes"]),
         **{name: partial(measure, name, dry) for name in measurements(dry)},
     }
 

@@ -48,15 +48,19 @@ class EventClock:
         return begin.elapsed_time(end) / 1000, ready
 
 
+def one_by_one(runs: list[Callable[[], Any]]) -> tuple[Timed, str]:
+    def run():
+        for each in runs:
+            each()
+
+    return Timed(run, len(runs)), "calls"
+
+
 def graph(clock: EventClock) -> Callable[[list[Callable[[], Any]]], tuple[Timed, str]]:
     """All calls as one CUDA graph; what synchronises, or takes longer than launches do, is timed
     call by call."""
 
     def batch(runs: list[Callable[[], Any]]) -> tuple[Timed, str]:
-        def one_by_one():
-            for run in runs:
-                run()
-
         runs[0]()
         if clock(runs[0], 1) > 20e-3:
             return Timed(runs[0]), "calls"
@@ -70,10 +74,11 @@ def graph(clock: EventClock) -> Callable[[list[Callable[[], Any]]], tuple[Timed,
         captured = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(captured):
-                one_by_one()
+                for run in runs:
+                    run()
         except RuntimeError:
             torch.cuda.synchronize()
-            return Timed(one_by_one, len(runs)), "calls; no CUDA graph can be captured"
+            return one_by_one(runs)[0], "calls; no CUDA graph can be captured"
         return Timed(captured.replay, len(runs)), "CUDA graph"
 
     return batch

@@ -561,16 +561,21 @@ def segmentation():
     os.kill(os.getpid(), signal.SIGSEGV)
 
 def tiles(request):
-    point = {{"height": 8, "width": 16, "seconds": {{"logits": 1.0, "dX": 2.0, "dW": 3.0}}}}
-    better = {{**point, "width": 32, "seconds": {{"logits": 0.5, "dX": 2.0, "dW": 0.5}}}}
-    return {{"sweep": "tiles", "points": [point, better]}}
+    def point(op, width, *times):
+        seconds = dict(zip(("logits", "dX", "dW"), times))
+        return {{"op": op, "height": 8, "width": width, "seconds": seconds}}
+
+    # The linear form computes the logits twice.
+    each = ((16, 1.0, 2.0, 3.0), (32, 2.0, 2.0, 1.5))
+    ops = ("linear form", "policy loss")
+    return {{"sweep": "tiles", "points": [point(op, *times) for op in ops for times in each]}}
 
 def rows(request):
-    warps, *unroll = request["sizes"]
+    warps, unroll, *_ = sizes = request["sizes"]
     if warps == 8:
         os.abort()
-    return {{"sweep": "row kernels", "warps": warps, "unroll": unroll,
-             "seconds": {{"forward": 1.0 / unroll[0], "backward": 1.0}},
+    return {{"sweep": "row kernels", "sizes": sizes,
+             "seconds": {{"forward": 1.0 / unroll, "backward": 1.0 / warps}},
              "moved": {{"forward": 1e11, "backward": 1e11}}}}
 
 serve({{
@@ -737,10 +742,14 @@ def test_when_the_time_is_over_results_and_goals_are_there(make_gpu, monkeypatch
 def test_the_sweep_recommends_among_those_that_ran(make_gpu):
     status, file, printed = make_gpu("--steps", "sweep")
     assert status == 1
-    assert len([line for line in file.lines if "sweep" in line]) == 1 + 4
-    assert steps(file)["sweep"].count("ended by SIGABRT") == 2
-    assert "best: 8 x 32, 50.0% of the time now" in printed
-    assert "best forward: 4 warps, unroll 8, 40% of the copy bandwidth" in printed
+    crashed = sum(warps == 8 for warps, *_ in gpu_sweep.ROW_KERNELS)
+    assert steps(file)["sweep"].count("ended by SIGABRT") == crashed > 0
+    kept = [line for line in file.lines if "sweep" in line]
+    assert len(kept) == 1 + len(gpu_sweep.ROW_KERNELS) - crashed
+    linear, policy = (line for line in printed.splitlines() if line.startswith("best: "))
+    assert (linear, policy) == ("best: 8 x 16", "best: 8 x 32")
+    assert "best forward: 4, 8, 4, 64, 40% of a copy" in printed
+    assert "best backward: 4, 4, 2, 64, 20% of a copy" in printed
 
 
 def test_peers_come_from_a_folder_of_wheels(make_gpu, tmp_path):
@@ -784,14 +793,24 @@ def test_the_smoke_test_runs_every_kind_of_kernel():
     assert all(error <= ALLOWED[BF16] for error in found["errors"].values())
 
 
-def test_the_sweep_times_the_three_products():
-    line = gpu_sweep.tiles("cpu", lambda run, repeats: 2.0, dry=True)
-    now, *others = line["points"]
-    assert (now["height"], now["width"]) == (16, 96)  # all of it, as it fits the workspace
-    assert now["seconds"] == {"logits": 2.0, "dX": 2.0, "dW": 2.0}
-    for point in others:  # a tile's time, as often as there are tiles
+def test_the_sweep_times_the_products_of_a_tile():
+    points = gpu_sweep.tiles("cpu", lambda run, repeats: 2.0, dry=True)["points"]
+    sizes = {op: set() for op in gpu_sweep.PRODUCTS}
+    for point in points:  # a tile's time, as often as there are tiles
+        sizes[point["op"]].add((point["height"], point["width"]))
         tiles = (16 / point["height"]) * (96 / point["width"])
         assert point["seconds"] == dict.fromkeys(("logits", "dX", "dW"), 2.0 * tiles)
+    assert sizes == {"linear form": {(16, 32), (16, 48)}, "policy loss": {(4, 96), (8, 96)}}
+
+
+@pytest.mark.triton
+@pytest.mark.interpreter
+def test_the_sweep_runs_the_row_kernels_as_configured():
+    for sizes in (gpu_sweep.ROW_KERNELS[0], (2, 2, 1, 4 << 10)):
+        line = gpu_sweep.row_kernels("cpu", timing.wall_clock, True, sizes)
+        assert line["sizes"] == list(sizes)
+        assert all(seconds > 0 for seconds in line["seconds"].values())
+        assert line["moved"] == {"forward": 2 * 5000 * 2, "backward": 2 * 2 * 5000 * 2}
 
 
 def test_the_sanitizers_run_about_ten_tests():
