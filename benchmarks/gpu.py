@@ -41,13 +41,14 @@ LIMITS = {
     "peers": 60,
     "smoke": 30,
     "case": 60,
-    "tests": 120,
-    "memcheck": 60,
-    "racecheck": 60,
+    "tests": 100,
+    "memcheck": 50,
+    "racecheck": 50,
     "sweep": 60,
 }
 LAST_BUILD = 40
 REPORT = 5  # seconds kept for the end
+LEAST = 10  # seconds without which no case begins
 
 
 class Run:
@@ -81,8 +82,17 @@ class Run:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
+    @property
+    def before_the_sweep(self) -> float:
+        """What is left for the steps that must leave its time to the sweep."""
+        kept = LIMITS["sweep"] if "sweep" in self.options.steps and not self.dry else 0
+        return self.left - kept
+
     def within(self, name: str) -> float:
         return min(LIMITS[name], self.left)
+
+    def checking(self, name: str) -> float:
+        return min(LIMITS[name], self.before_the_sweep)
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Opens the result file: its header is on the disk before anything else is tried."""
@@ -195,15 +205,14 @@ def smoke(run: Run) -> str:
 OURS, ROUNDS = "segkernels", "the rounds"  # as workers say
 
 
-def _measure(run: Run, name: str, everybody: bool, keep: float = 0) -> None:
+def _measure(run: Run, name: str, everybody: bool, left: Callable[[], float]) -> None:
     """Records a case, or why there is none. Whoever takes the process down is left out of the next
     try."""
     without: dict[str, str] = {}
     while True:
-        seconds = min(LIMITS["case"], run.left - keep)
         request = {"job": name, "everybody": everybody, "without": without}
         try:
-            line = run.workers.run(request, seconds)
+            line = run.workers.run(request, min(LIMITS["case"], left()))
         except Failed as error:
             culprit = error.at
             print(f"{name}: {error}, at {culprit or 'the start'}", flush=True)
@@ -211,7 +220,7 @@ def _measure(run: Run, name: str, everybody: bool, keep: float = 0) -> None:
                 everybody, without = False, {}
             elif culprit == ROUNDS and goals.LIGER not in without:
                 without = {goals.LIGER: "left out, because the rounds failed"}
-            elif culprit in ("", OURS, ROUNDS, *without) or run.left - keep < 10:
+            elif culprit in ("", OURS, ROUNDS, *without) or left() < LEAST:
                 run.fails(name, f"{error}, at {culprit or 'the start'}")
                 run.record({"case": name, "failed": str(error), "at": culprit})
                 return
@@ -226,35 +235,35 @@ def _measure(run: Run, name: str, everybody: bool, keep: float = 0) -> None:
         return
 
 
-def _cases(run: Run, names: Iterable[str], everybody: bool, keep: float = 0) -> str:
+def _cases(run: Run, names: Iterable[str], everybody: bool, left: Callable[[], float]) -> str:
     left_out = []
     for name in names:
-        if run.left - keep < 10:
+        if left() < LEAST:
             left_out.append(name)
         else:
-            _measure(run, name, everybody, keep)
+            _measure(run, name, everybody, left)
     if left_out:
         raise Failed(f"no time was left for {', '.join(left_out)}")
     return "done"
 
 
 def goal_cases(run: Run) -> str:
-    return _cases(run, [name for name, goal in run.cases.items() if goal], everybody=False)
+    names = [name for name, goal in run.cases.items() if goal]
+    return _cases(run, names, False, lambda: run.left)
 
 
 def all_cases(run: Run) -> str:
-    keep = LIMITS["sweep"] if "sweep" in run.options.steps and not run.dry else 0
-    return _cases(run, run.cases, everybody=True, keep=keep)
+    return _cases(run, run.cases, True, lambda: run.before_the_sweep)
 
 
 def tests(run: Run) -> str:
     # The kernels' tests; those of the training layer need packages that kernels do not.
     command = [*PYTEST, "--ignore=tests/segrlhf", "--continue-on-collection-errors"]
     if run.dry:
-        return run.execute([*command, "--collect-only"], run.within("tests"))
+        return run.execute([*command, "--collect-only"], run.checking("tests"))
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(os.cpu_count())]
-    return run.execute(command, run.within("tests"), SEGKERNELS_REQUIRE="cuda,triton")
+    return run.execute(command, run.checking("tests"), SEGKERNELS_REQUIRE="cuda,triton")
 
 
 # Every op of tests/test_cuda.py on long, short and misaligned rows.
@@ -264,11 +273,11 @@ SANITIZED = ("tests/test_cuda.py", "-k", "reruns_are_identical or memory_that_is
 def _sanitizer(tool: str) -> Callable[[Run], str]:
     def step(run: Run) -> str:
         if run.dry:
-            return run.execute([*PYTEST, "--collect-only", *SANITIZED], run.within(tool))
+            return run.execute([*PYTEST, "--collect-only", *SANITIZED], run.checking(tool))
         # torch's allocator hands out parts of large blocks, between which nothing is out of bounds.
         return run.execute(
             ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", *PYTEST, *SANITIZED],
-            run.within(tool),
+            run.checking(tool),
             SEGKERNELS_REQUIRE="cuda,triton",
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )
@@ -364,7 +373,6 @@ def main(arguments: list[str] | None = None) -> int:
     options.steps = ["machine", *(name for name in options.steps if name != "machine")]
 
     run = Run(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in options.steps:
             take(run, name)
@@ -378,4 +386,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -752,25 +752,41 @@ def test_the_sweep_recommends_among_those_that_ran(make_gpu):
     assert "best backward: 4, 4, 2, 64, 20% of a copy" in printed
 
 
-def test_peers_come_from_a_folder_of_wheels(make_gpu, tmp_path):
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    (wheels / "broken-1.0-py3-none-any.whl").write_bytes(b"no archive")
-    with zipfile.ZipFile(wheels / "peer-1.0-py3-none-any.whl", "w") as wheel:
-        info = "peer-1.0.dist-info/"
-        wheel.writestr("a_peer.py", "")
-        wheel.writestr(f"{info}METADATA", "Metadata-Version: 2.1\nName: peer\nVersion: 1.0\n")
-        wheel.writestr(f"{info}WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}RECORD", "")
-    status, file, _ = make_gpu("--wheels", str(wheels), "--steps", "peers", "goals")
+def test_an_interrupted_run_reports_what_it_has(make_gpu, monkeypatch):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu.STEPS, "tests", interrupted)
+    status, file, printed = make_gpu("--steps", "goals", "tests", "everybody")
     assert status == 1
-    assert steps(file)["peers"].startswith("broken-1.0-py3-none-any.whl: exit status")
-    assert (tmp_path / "build" / "gpu" / "peers" / "a_peer.py").exists()
+    assert steps(file) == {"machine": "", "goals": ""}
     assert measured_by(file) == ["sound"]
+    assert "FAILED: interrupted" in printed
+
+
+def test_time_is_kept_for_the_sweep(make_gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "PYTEST", python(""))
+    monkeypatch.setitem(gpu.LIMITS, "sweep", 14)
+    minutes = str((5 + gpu.REPORT + gpu.LIMITS["sweep"]) / 60)
+    _, file, _ = make_gpu("--minutes", minutes, "--steps", "goals", "everybody", "sweep")
+    assert steps(file)["everybody"] == "no time was left for sound"
+    assert measured_by(file) == ["sound"]
+    assert any("sweep" in line for line in file.lines)
+
+
+def wheel_of(folder, name, **files):
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        info = f"{name}-1.0.dist-info"
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        wheel.writestr(f"{info}/METADATA", metadata)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+        for path, text in files.items():
+            wheel.writestr(path, text)
 
 
 def test_the_workers_of_make_gpu_measure(tmp_path, monkeypatch, capsys):
-    """The real ones, on small inputs."""
+    """The real ones, on small inputs, with peers from a folder of wheels."""
     found = gpu.machine
 
     def one_case(run):
@@ -779,12 +795,21 @@ def test_the_workers_of_make_gpu_measure(tmp_path, monkeypatch, capsys):
         return said
 
     monkeypatch.setitem(gpu.STEPS, "machine", one_case)
-    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--steps", "goals"]) == 0
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "broken-1.0-py3-none-any.whl").write_bytes(b"no archive")
+    # A line that is run where the folder is looked at for packages.
+    wheel_of(tmp_path, "peer", **{"peer.pth": "import sys; print('a peer is found')"})
+    arguments = ["--dry-run", "--out", str(tmp_path), "--wheels", str(tmp_path)]
+    assert gpu.main([*arguments, "--steps", "peers", "goals"]) == 1
     file = result_file.read(tmp_path / "gpu-none.jsonl")
-    assert steps(file) == {"machine": "", "goals": ""}
+    broken = steps(file)["peers"]
+    assert broken.startswith("broken-1.0-py3-none-any.whl: exit status")
+    assert steps(file) == {"machine": "", "peers": broken, "goals": ""}
     assert measured_by(file) == ["segment_bradley_terry"]
     assert file.cases[0].ours["median"] > 0
-    assert "FAILED" not in capsys.readouterr().out
+    assert file.cases[0].ours["timed"] == "calls"
+    assert "a peer is found" in (tmp_path / "gpu.log").read_text()
+    assert capsys.readouterr().out.count("FAILED") == 2  # when it happened, and at the end
 
 
 def test_the_smoke_test_runs_every_kind_of_kernel():
