@@ -179,6 +179,16 @@ def test_train_writes_policy_and_metrics(lm, rm, tmp_path):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+def test_nothing_is_logged_before_there_is_a_number(lm, rm, tmp_path):
+    trainer = make_trainer(lm, rm, tmp_path / "new")
+    trainer.log.start([])
+    assert not list((tmp_path / "new").iterdir())
+    trainer.log.write({"update": 1, "lr": 0.5})
+    assert (tmp_path / "new" / "metrics.jsonl").read_text() == '{"update": 1, "lr": 0.5}\n'
+    trainer.log.start([])  # of a run that is resumed before its first checkpoint
+    assert (tmp_path / "new" / "metrics.jsonl").read_text() == ""
+
+
 def test_the_first_minibatch_has_ratio_one(lm, rm, tmp_path):
     trainer = make_trainer(lm, rm, tmp_path, num_ppo_epochs=1, mini_batch_size=8, total_episodes=8)
     (line,) = trainer.train()

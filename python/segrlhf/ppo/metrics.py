@@ -96,8 +96,10 @@ class MetricsLog:
         self.path = Path(config.output_dir) / "metrics.jsonl"
 
     def start(self, history: list[dict[str, float]]) -> None:
-        """Writes what was logged before, and opens the trackers."""
-        if self.accelerator.is_main_process:
+        """Writes what was logged before, if anything was, and opens the trackers."""
+        # A new directory stays empty until there is a number: a file in it would turn away the
+        # corrected command of a run that fails in its first update.
+        if self.accelerator.is_main_process and (history or self.path.exists()):
             files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in history))
         if self.accelerator.log_with:
             flags = {
