@@ -1,5 +1,5 @@
-# make demo | test | kernels | sanitize | lint | bench | gpu | format | clean. PYTHON chooses the
-# interpreter.
+# make demo | test | kernels | sanitize | lint | docs | bench | gpu | format | clean. PYTHON chooses
+# the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
@@ -9,7 +9,7 @@ GPU_ARGS ?=
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 CPP := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_host/*)
 
-.PHONY: setup demo test kernels sanitize lint bench gpu format clean
+.PHONY: setup demo test kernels sanitize lint docs bench gpu format clean
 setup: .venv/installed .venv/built
 
 demo: setup
@@ -40,6 +40,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy segkernels python/segrlhf
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+# The pages of docs/ and the reference, from the docstrings and --help, into build/docs. Sphinx reads
+# everything anew (-E), because a warning of a page that it kept would not come again.
+docs: setup .venv/docs
+	$(BIN)/python -m doctest docs/method.md
+	$(BIN)/python -m sphinx -E -W --keep-going -q -d build/doctrees docs build/docs
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet -c constraints.txt "segkernels[docs]"
+	touch $@
 
 # Everything, into benchmarks/results/ and the tables of README.md and docs/benchmarks.md; with
 # BENCH_ARGS="-k linear" a part of it, on the screen alone. SEGKERNELS_ISA=avx2 is for torch too.

@@ -11,9 +11,9 @@ import argparse
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from segrlhf import files
 from segrlhf.corpus import pretrain_lm
-from segrlhf.data import load_rows
+from segrlhf.data.load import load_rows
+from segrlhf.runtime import files
 
 PIECE = 1000  # characters of one training text
 

@@ -17,10 +17,10 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "cuda_on_host"
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 SOURCES = [
     HERE / "module.cpp",
-    *(ROOT / "csrc" / name for name in ("bind_segments.cpp", "bind_advantages.cpp")),
-    *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+    *(source for op in KERNELS for source in (op, ROOT / "csrc" / "bind" / f"{op.stem}.cpp")),
 ]
 INCLUDES = [
     HERE,

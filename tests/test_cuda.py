@@ -500,7 +500,7 @@ def test_too_many_knots():
             mean=False,
             clip=1.0,
             out=native.ptr(x),
-            place=0,
+            executor=0,
         )
 
 

@@ -14,7 +14,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 SHARED = 48 * 1024  # what every GPU gives a block unasked
 # Two blocks of 512 threads fit on a processor with 64 registers; the pairs' loss runs once.
 REGISTERS = {"bradley_terry_kernel": 80}
-WITHOUT_FLOATS = {"score_gradients_kernel"}
+WITHOUT_FLOATS = {"reward_grads_kernel"}
 
 
 def cuobjdump(*arguments):

@@ -252,7 +252,7 @@ def ends_by_native(entropy, mask, ends, threads):
         exclude_last=0,
         exclude_all=True,
         ends=native.ptr(ends),
-        place=threads,
+        executor=threads,
     )
 
 

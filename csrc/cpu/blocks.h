@@ -10,26 +10,26 @@
 #include "cpu/flags.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
-#include "segk/place.h"
+#include "segk/executor.h"
 #include "segk/rows.h"
 
 namespace segk {
 
-// Work that pays for waking a thread: tokens of an op that takes several nanoseconds for each, and
-// of one that takes less than three.
+// How many tokens make it worth waking a thread: for an op that takes several nanoseconds a token,
+// and for one that takes less than three.
 constexpr int64_t kTokensPerTask = 32768;
 constexpr int64_t kQuickTokensPerTask = 65536;
-constexpr int64_t kBlock = 32768;  // marked tokens
+constexpr int64_t kBlock = 32768;  // marked tokens in a block of a giant row
 
-// Arrays of this many numbers may be new memory.
-constexpr int64_t kFetched = 262144;
+// Outputs of at least this many numbers may be memory that the system has yet to hand out.
+constexpr int64_t kNewMemory = 262144;
 
 struct Row {
   int64_t index;
   int64_t begin;
   int64_t end;
   const std::vector<int64_t>* cuts;  // begin, where blocks meet, end; null for a row in one piece
-  Place place;
+  Executor executor;
 
   // Calls body(block, begin, end) for every block, in any order.
   template <class Body>
@@ -40,7 +40,7 @@ struct Row {
         body(block, (*cuts)[block], (*cuts)[block + 1]);
       }
     };
-    parallel_for(static_cast<int64_t>(cuts->size()) - 1, 1, place, std::cref(range));
+    parallel_for(static_cast<int64_t>(cuts->size()) - 1, 1, executor, std::cref(range));
   }
 };
 
@@ -71,14 +71,14 @@ inline void cut(Flags marks, int64_t begin, int64_t end, std::vector<int64_t>& c
 
 }  // namespace detail
 
-// Calls body(row) once for each row; `marks` are the tokens that make a row giant. `outs` are
-// arrays that body writes, whose memory is fetched some rows at a time.
+// Calls body(row) once for each row; a row with many `marks` is giant. `outs` are arrays that body
+// writes, whose memory is fetched some rows at a time.
 template <class Body, class... Out>
-void for_each_row(Rows rows, Flags marks, int64_t tokens_per_task, Place place, const Body& body,
-                  Out*... outs) {
+void for_each_row(Rows rows, Flags marks, int64_t tokens_per_task, Executor executor,
+                  const Body& body, Out*... outs) {
   const int64_t tokens = std::max<int64_t>(rows.tokens(), 1);
   const int64_t grain = (tokens_per_task * rows.count + tokens - 1) / tokens;
-  const bool large = tokens >= kFetched;
+  const bool large = tokens >= kNewMemory;
   const auto range = [&](int64_t first, int64_t last) {
     int64_t fetched = rows.begin(first);
     for (int64_t i = first; i < last; ++i) {
@@ -86,14 +86,14 @@ void for_each_row(Rows rows, Flags marks, int64_t tokens_per_task, Place place, 
       const int64_t end = rows.end(i);
       if (detail::is_giant(marks, begin, end)) continue;
       if (large && end > fetched) {
-        const int64_t next = std::min(std::max(end, fetched + kFetched / 8), rows.begin(last));
+        const int64_t next = std::min(std::max(end, fetched + kNewMemory / 8), rows.begin(last));
         (fetch_pages(outs + fetched, (next - fetched) * static_cast<int64_t>(sizeof *outs)), ...);
         fetched = next;
       }
-      body(Row{i, begin, end, nullptr, place});
+      body(Row{i, begin, end, nullptr, executor});
     }
   };
-  parallel_for(rows.count, grain, place, std::cref(range));
+  parallel_for(rows.count, grain, executor, std::cref(range));
 
   std::vector<int64_t> cuts;
   for (int64_t i = 0; i < rows.count; ++i) {
@@ -101,11 +101,11 @@ void for_each_row(Rows rows, Flags marks, int64_t tokens_per_task, Place place, 
     const int64_t end = rows.end(i);
     if (!detail::is_giant(marks, begin, end)) continue;
     detail::cut(marks, begin, end, cuts);
-    body(Row{i, begin, end, &cuts, place});
+    body(Row{i, begin, end, &cuts, executor});
   }
 }
 
-// Sums and scans of rows under combine(Summary, Summary), an operator of segk/operators.h.
+// Sums and scans of rows under combine(Summary, Summary), an operator of include/segk.
 template <class Summary>
 class Scan {
  public:

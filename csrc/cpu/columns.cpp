@@ -283,21 +283,21 @@ SEGK_INLINE void prefetch(const typename S::T* x) {
     __builtin_prefetch(reinterpret_cast<const void*>(ahead + i));
 }
 
-// Ignores NaN: the sums get it from the column that has it. kLowest where there is only -inf.
+// The largest logit; kLowest where there is only -inf. Ignores NaN, which the sums will show.
 template <class S>
-float largest(const typename S::T* x, int64_t groups) {
-  Group top = each([](int) { return splat(kLowest); });
+float max_of(const typename S::T* x, int64_t groups) {
+  Group max = each([](int) { return splat(kLowest); });
   for (int64_t i = 0; i < groups; ++i) {
     const Group z = S::load(x + i * kGroup);
-    top = each([&](int k) { return at_least(z[k], top[k]); });
+    max = each([&](int k) { return at_least(z[k], max[k]); });
   }
-  for (int k = 1; k < kVectors; ++k) top[0] = at_least(top[k], top[0]);
-  float most = kLowest;
-  for (int i = 0; i < kLanes; ++i) most = top[0][i] > most ? top[0][i] : most;
-  return most;
+  for (int k = 1; k < kVectors; ++k) max[0] = at_least(max[k], max[0]);
+  float row_max = kLowest;
+  for (int i = 0; i < kLanes; ++i) row_max = max[0][i] > row_max ? max[0][i] : row_max;
+  return row_max;
 }
 
-double total(Vec v) {
+double sum_of_lanes(Vec v) {
   double sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
   return sum;
@@ -330,12 +330,12 @@ SEGK_INLINE void add_block(Sums& sums, const typename S::T* x, int64_t groups, c
       }
     }
     if (__builtin_expect(any_negative((Vec)signs), 0)) {
-      const float top = largest<S>(x, groups);
-      if (top > sums.max) {
-        const float rise = top - sums.max;
+      const float max = max_of<S>(x, groups);
+      if (max > sums.max) {
+        const float rise = max - sums.max;
         const auto factor = static_cast<float>(__builtin_exp(-rise / rate.temperature));
         const Vec moved = sums.distances + sums.exps * rise;
-        sums = {top, sums.exps * factor, factor > 0 ? moved * factor : Vec{}};
+        sums = {max, sums.exps * factor, factor > 0 ? moved * factor : Vec{}};
         continue;
       }
       // What looks negative is a NaN.
@@ -354,25 +354,26 @@ RowState forward_of(const typename S::T* x, int64_t n, double temperature) {
   // The more columns the first maximum has seen, the fewer blocks exceed it.
   constexpr int64_t kSeen = 8 * kBlock;
   const float start =
-      groups ? largest<S>(x, groups < kSeen ? groups : kSeen) : largest<S>(rest.columns, 1);
+      groups ? max_of<S>(x, groups < kSeen ? groups : kSeen) : max_of<S>(rest.columns, 1);
   Sums sums{start, {}, {}};
   for (int64_t i = 0; i < groups; i += kBlock)
     add_block<S>(sums, x + i * kGroup, groups - i < kBlock ? groups - i : kBlock, rate);
   add_block<S>(sums, rest.columns, 1, rate);
-  return {sums.max, total(sums.exps), -total(sums.distances) / temperature, 0};
+  return {sums.max, sum_of_lanes(sums.exps), -sum_of_lanes(sums.distances) / temperature, 0};
 }
 
 // dz = dlogprob [v = y] - p (dlogprob + dentropy (d - mean d)); the logits' gradient is dz / T.
 template <class S, bool streaming>
 void backward_of(const typename S::T* x, typename S::T* dx, int64_t n, const RowGradient& row) {
   const Rate rate = rate_of(row.temperature);
-  const float scale = -row.stats.inverse_sum * rate.inverse_temperature;
-  const float slope = -row.dentropy * rate.inverse_temperature;
-  const float level = row.dlogprob - row.dentropy * row.stats.mean_shift;
+  const float scale = -row.stats.inverse_sum_exp * rate.inverse_temperature;
+  const float per_distance = -row.dentropy * rate.inverse_temperature;
+  const float constant = row.dlogprob - row.dentropy * row.stats.mean_shift;
   const auto gradient = [&](const Group& z) __attribute__((always_inline)) {
     Group u = each([&](int k) { return row.stats.max - z[k]; });
     const Group e = exp_of_distance(u, rate);
-    return each([&](int k) { return e[k] * scale * fused(u[k], splat(slope), splat(level)); });
+    return each(
+        [&](int k) { return e[k] * scale * fused(u[k], splat(per_distance), splat(constant)); });
   };
   const auto part = [&](int64_t begin, int64_t size) {
     store_part<S>(dx + begin, gradient(S::load(Part<S>(x + begin, size).columns)), size);

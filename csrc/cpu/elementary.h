@@ -7,8 +7,8 @@
 
 namespace segk {
 
-// exp(x), to 2e-11 of it; beyond what a float can hold the limits of a double's exponent stand for
-// 0 and infinity.
+// exp(x), within a relative error of 2e-11. x is clamped to [-708, 709], whose exponentials become
+// 0 and infinity in a float.
 inline double exp_double(double x) {
   constexpr double kInverseLn2 = 1.4426950408889634;
   constexpr double kLn2 = 0.6931471805599453;

@@ -1,5 +1,5 @@
-// Masks and ends, also eight tokens at a time. Functions of several arrays look at where all of
-// them are true.
+// Masks and ends, read eight tokens at a time. Functions of several arrays mean the tokens where
+// all of them are true.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,7 @@ inline double keep(uint8_t flag, double value) {
 
 namespace detail {
 
-constexpr uint64_t kOfEachByte = 0x0101010101010101;
+constexpr uint64_t kOneInEachByte = 0x0101010101010101;
 
 inline uint64_t eight_bytes(const uint8_t* bytes) {
   uint64_t word;
@@ -49,7 +49,7 @@ inline uint64_t eight_bytes(const uint8_t* bytes) {
 inline uint64_t eight(Flags flags, int64_t t) {
   uint64_t word = eight_bytes(flags.data + t);
   for (const int shift : {4, 2, 1}) word |= word >> shift;
-  word &= kOfEachByte;
+  word &= kOneInEachByte;
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
   word = __builtin_bswap64(word);
 #endif
@@ -103,7 +103,7 @@ int64_t last_true(int64_t begin, int64_t end, All... flags) {
 // The first token of the run of true ones that ends before `end`, or `end`.
 inline int64_t run_true(int64_t begin, int64_t end, Flags flags) {
   int64_t t = end;
-  while (t - begin >= 8 && detail::eight(flags, t - 8) == detail::kOfEachByte) t -= 8;
+  while (t - begin >= 8 && detail::eight(flags, t - 8) == detail::kOneInEachByte) t -= 8;
   while (t > begin && flags[t - 1]) --t;
   return t;
 }

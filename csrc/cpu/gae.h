@@ -7,21 +7,25 @@
 
 #include "cpu/blocks.h"
 #include "cpu/flags.h"
-#include "cpu/quad.h"
-#include "segk/operators.h"
+#include "cpu/vec4d.h"
+#include "segk/gae.h"
 
 namespace segk {
 
-// Arrays of numbers write nothing.
+constexpr Affine<double> kNoSteps{1, 0};
+
+// What an array of rewards writes beside being read, where no token is an action; most write
+// nothing.
 template <class Array>
 void clear(const Array&, int64_t, int64_t) {}
 
-// Rewards, values: arrays of numbers by token, for which there is a four(). Where there are no
-// actions, clear(rewards, begin, end) is called instead of reading them.
+// Rewards and values: arrays of numbers by token, for which there is a load_vec4d(). Where there
+// are no action tokens, clear(rewards, begin, end) is called and nothing is read.
 template <class Rewards, class Values>
-class Estimator {
+class GaeEstimator {
  public:
-  Estimator(Gae gae, Rewards rewards, Values values, Flags mask, float* advantages, float* returns)
+  GaeEstimator(Gae gae, Rewards rewards, Values values, Flags mask, float* advantages,
+               float* returns)
       : gae_(gae),
         rewards_(rewards),
         values_(values),
@@ -43,115 +47,115 @@ class Estimator {
   }
 
  private:
-  // Action tokens that are worked on together; part of every result.
-  static constexpr int64_t kTogether = 8;
-  // Action tokens between holes in the mask that are brought together; whole groups of those.
-  static constexpr int64_t kGathered = 256;
+  // Action tokens whose sums are found side by side. It decides how results are rounded.
+  static constexpr int64_t kGroup = 8;
+  // Where the mask has holes, so many action tokens are copied into an array at a time.
+  static constexpr int64_t kGatherSize = 256;
 
-  // What a token needs of the one behind it.
-  struct Behind {
+  // What a token needs of the action token that follows it.
+  struct Next {
     double value;
     double advantage;
   };
 
   // Walks an unbroken run of action tokens from the last to the first.
   //
-  // A_i = r_i - V_i + gamma V_{i+1} + decay A_{i+1} waits for the token behind it, but only once in
-  // eight: within these, sums over two, four and eight tokens are found side by side.
+  // A_i = r_i - V_i + gamma V_{i+1} + decay A_{i+1} is a chain of dependent sums. It is followed
+  // once in eight tokens: within these, sums over two, four and eight are found side by side.
   template <bool kWrite, class R, class V>
-  Behind run(const R& rewards, const V& values, int64_t begin, int64_t end, Behind behind,
-             float* advantages, float* returns) const {
+  Next run(const R& rewards, const V& values, int64_t begin, int64_t end, Next next,
+           float* advantages, float* returns) const {
     const double square = gae_.decay * gae_.decay;
     const double fourth = square * square;
-    const Quad powers = quad(fourth, square * gae_.decay, square, gae_.decay);
-    const Quad higher_powers = powers * all_of(fourth);
-    const auto sums = [&](Quad surplus, Quad next) {
-      Quad sum = surplus + all_of(gae_.gamma) * next;
-      sum = sum + all_of(gae_.decay) * one_behind(sum);
-      return sum + all_of(square) * two_behind(sum);
+    const Vec4d powers = vec4d(fourth, square * gae_.decay, square, gae_.decay);
+    const Vec4d higher_powers = powers * broadcast(fourth);
+    const auto sums = [&](Vec4d surplus, Vec4d next_value) {
+      Vec4d sum = surplus + broadcast(gae_.gamma) * next_value;
+      sum = sum + broadcast(gae_.decay) * one_behind(sum);
+      return sum + broadcast(square) * two_behind(sum);
     };
-    Quad advantage_behind = all_of(behind.advantage);
+    Vec4d next_advantage = broadcast(next.advantage);
     int64_t t = end;
-    for (; t - begin >= kTogether; t -= kTogether) {
-      const Quad late_value = four(values, t - 4);
-      const Quad early_value = four(values, t - 8);
-      const Quad late_next = t < end
-                                 ? four(values, t - 3)
-                                 : quad(values[t - 3], values[t - 2], values[t - 1], behind.value);
-      const Quad late = sums(four(rewards, t - 4) - late_value, late_next);
-      const Quad early =
-          sums(four(rewards, t - 8) - early_value, four(values, t - 7)) + powers * all_first(late);
+    for (; t - begin >= kGroup; t -= kGroup) {
+      const Vec4d late_value = load_vec4d(values, t - 4);
+      const Vec4d early_value = load_vec4d(values, t - 8);
+      const Vec4d late_next = t < end
+                                  ? load_vec4d(values, t - 3)
+                                  : vec4d(values[t - 3], values[t - 2], values[t - 1], next.value);
+      const Vec4d late = sums(load_vec4d(rewards, t - 4) - late_value, late_next);
+      const Vec4d early =
+          sums(load_vec4d(rewards, t - 8) - early_value, load_vec4d(values, t - 7)) +
+          powers * broadcast_first(late);
       if constexpr (kWrite) {
-        const Quad late_advantage = late + powers * advantage_behind;
-        const Quad early_advantage = early + higher_powers * advantage_behind;
+        const Vec4d late_advantage = late + powers * next_advantage;
+        const Vec4d early_advantage = early + higher_powers * next_advantage;
         store_floats(advantages + t - 4, late_advantage);
         store_floats(advantages + t - 8, early_advantage);
         store_floats(returns + t - 4, late_advantage + late_value);
         store_floats(returns + t - 8, early_advantage + early_value);
       }
-      advantage_behind = all_first(early) + all_first(higher_powers) * advantage_behind;
+      next_advantage = broadcast_first(early) + broadcast_first(higher_powers) * next_advantage;
     }
-    if (t < end) behind = {values[t], first_of(advantage_behind)};
+    if (t < end) next = {values[t], first_of(next_advantage)};
     while (t-- > begin) {
       const double value = values[t];
-      behind.advantage =
-          rewards[t] - value + gae_.gamma * behind.value + gae_.decay * behind.advantage;
-      behind.value = value;
+      next.advantage = rewards[t] - value + gae_.gamma * next.value + gae_.decay * next.advantage;
+      next.value = value;
       if constexpr (kWrite) {
-        advantages[t] = static_cast<float>(behind.advantage);
-        returns[t] = static_cast<float>(behind.advantage + value);
+        advantages[t] = static_cast<float>(next.advantage);
+        returns[t] = static_cast<float>(next.advantage + value);
       }
     }
-    return behind;
+    return next;
   }
 
-  // The same of tokens between which the mask has holes.
+  // The same of n tokens between which the mask has holes.
   template <bool kWrite>
-  Behind gather(const int64_t* tokens, int64_t n, Behind behind) const {
-    double rewards[kGathered];
-    double values[kGathered];
-    float advantages[kGathered];
-    float returns[kGathered];
+  Next gather(const int64_t* tokens, int64_t n, Next next) const {
+    double rewards[kGatherSize];
+    double values[kGatherSize];
+    float advantages[kGatherSize];
+    float returns[kGatherSize];
     for (int64_t i = 0; i < n; ++i) {
       rewards[i] = rewards_[tokens[i]];
       values[i] = values_[tokens[i]];
     }
-    behind = run<kWrite>(rewards, values, 0, n, behind, advantages, returns);
+    next = run<kWrite>(rewards, values, 0, n, next, advantages, returns);
     for (int64_t i = 0; kWrite && i < n; ++i) {
       advantages_[tokens[i]] = advantages[i];
       returns_[tokens[i]] = returns[i];
     }
-    return behind;
+    return next;
   }
 
-  // From the last action token of a block to its first. `left` is what the block behind leaves to
-  // its last; returns what it leaves to those before. Tokens are grouped by their number from the
-  // last on, so holes in the mask change no result.
+  // From the last action token of a block to its first, given x (see Gae) of the action token that
+  // follows the block; returns x of the block's first. Groups are counted off from the block's last
+  // action token, so holes in the mask change no result.
   template <bool kWrite>
-  double walk(int64_t begin, int64_t end, double left) const {
-    Behind behind{gae_.gamma > 0 ? left / gae_.gamma : 0, 0};
+  double walk(int64_t begin, int64_t end, double carried) const {
+    Next next{gae_.gamma > 0 ? carried / gae_.gamma : 0, 0};
     for (int64_t stop = end;;) {
       const int64_t last = last_true(begin, stop, mask_);
       if constexpr (kWrite) skip(last + 1, stop);
       if (last < begin) break;
       stop = last + 1;
       int64_t start = run_true(begin, stop, mask_);
-      // A run that others precede leaves them what does not fill a group.
-      if (last_true(begin, start, mask_) >= begin) start += (stop - start) % kTogether;
+      // Tokens that do not fill a group are left to the next step, unless they are the first.
+      if (last_true(begin, start, mask_) >= begin) start += (stop - start) % kGroup;
       if (start < stop) {
-        behind = run<kWrite>(rewards_, values_, start, stop, behind, advantages_, returns_);
+        next = run<kWrite>(rewards_, values_, start, stop, next, advantages_, returns_);
       } else {
-        int64_t tokens[kGathered];
-        int64_t first = kGathered;
+        int64_t tokens[kGatherSize];
+        int64_t first = kGatherSize;
         while (first > 0 && start > begin) {
           if (mask_[--start]) tokens[--first] = start;
         }
         if constexpr (kWrite) skip(start, stop);
-        behind = gather<kWrite>(tokens + first, kGathered - first, behind);
+        next = gather<kWrite>(tokens + first, kGatherSize - first, next);
       }
       stop = start;
     }
-    return gae_.gamma * behind.value + gae_.decay * behind.advantage;
+    return gae_.gamma * next.value + gae_.decay * next.advantage;
   }
 
   void skip(int64_t begin, int64_t end) const {

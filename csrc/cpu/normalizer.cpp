@@ -1,4 +1,4 @@
-// Rows are dealt into groups by their number alone, and the tables of the groups are merged in
+// Rows are divided into groups by their number alone, and the tables of the groups are merged in
 // order, so results do not depend on the number of threads.
 #include "segk/normalizer.h"
 
@@ -10,7 +10,7 @@
 #include "cpu/flags.h"
 #include "cpu/parallel.h"
 #include "cpu/storage.h"
-#include "segk/operators.h"
+#include "segk/moments.h"
 
 namespace segk {
 namespace {
@@ -27,7 +27,7 @@ int64_t bin_of(int64_t k, int64_t segments, int64_t bins) {
 }  // namespace
 
 int64_t location_moments(Floats rewards, const bool* ends, const bool* mask, Rows rows,
-                         int64_t bins, double* moments, Place place) {
+                         int64_t bins, double* moments, Executor executor) {
   const Flags marks = flags_of(ends);
   const Flags actions = flags_of(mask);
   const int64_t groups =
@@ -56,7 +56,7 @@ int64_t location_moments(Floats rewards, const bool* ends, const bool* mask, Row
                 marks, actions);
           }
         };
-        parallel_for(groups, 1, place, std::cref(range));
+        parallel_for(groups, 1, executor, std::cref(range));
       },
       rewards);
 

@@ -1,4 +1,4 @@
-// Memory that the system has yet to hand out.
+// Memory that the system has not yet backed with pages.
 #pragma once
 
 #if defined(__linux__)

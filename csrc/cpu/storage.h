@@ -1,4 +1,4 @@
-// The dtype of an array is decided once a call, not once an element.
+// Reads the dtype of an array once a call, not once an element.
 #pragma once
 
 #include "segk/dtype.h"

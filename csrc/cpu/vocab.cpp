@@ -1,4 +1,4 @@
-// The vocabulary ops: rows of logits shared out to threads, in spans of columns.
+// Rows of logits are shared by threads, in spans of columns.
 #include "segk/vocab.h"
 
 #include <algorithm>
@@ -14,11 +14,11 @@
 namespace segk {
 namespace {
 
-// Columns that are taken together. Part of every result: the states of a row's spans are merged in
-// order, whichever threads found them.
+// Columns of a span. It decides how results are rounded: the states of a row's spans are merged in
+// order, whichever threads computed them.
 constexpr int64_t kSpan = 16384;
 
-// Columns that pay for waking a thread: some 20 microseconds of work.
+// How many columns make it worth waking a thread: some 20 microseconds of work.
 constexpr int64_t kGrain = 65536;
 
 // A gradient of this many bytes is in no cache by the time it is needed: written past the caches,
@@ -49,13 +49,13 @@ int64_t target_of(const VocabRows& rows, int64_t row) {
 }
 
 RowState merged(const RowState& left, const RowState& right, double temperature) {
-  RowState out{std::max(left.max, right.max), 0, 0, left.target};
+  RowState out{std::max(left.max, right.max), 0, 0, left.target_logit};
   for (const RowState* one : {&left, &right}) {
     const double lower = (one->max - out.max) / temperature;
     const double factor = std::exp(lower);
-    out.sum += factor * one->sum;
+    out.sum_exp += factor * one->sum_exp;
     // The distance may be infinite where its factor has vanished.
-    out.weighted += factor * (one->weighted + one->sum * (factor > 0 ? lower : 0));
+    out.sum_exp_shift += factor * (one->sum_exp_shift + one->sum_exp * (factor > 0 ? lower : 0));
   }
   return out;
 }
@@ -96,9 +96,10 @@ void each_row(const VocabRows& rows, const bool* mask, int threads, const Done& 
     finish(row, [&](int64_t r, int64_t span) { return states[r * spans + span]; });
 }
 
-void take_target(const VocabRows& rows, int64_t row, RowState& state) {
+void read_target(const VocabRows& rows, int64_t row, RowState& state) {
   const int64_t target = target_of(rows, row);
-  if (target >= 0) state.target = Floats{rows.logits, rows.dtype}[offset_of(rows, row) + target];
+  if (target >= 0)
+    state.target_logit = Floats{rows.logits, rows.dtype}[offset_of(rows, row) + target];
 }
 
 void finish_row(const VocabRows& rows, int64_t row, const RowState* state, float* logprobs,
@@ -110,14 +111,14 @@ void finish_row(const VocabRows& rows, int64_t row, const RowState* state, float
     return;
   }
   // A row of -inf has an empty sum.
-  const double sum = state->sum > 0 ? state->sum : std::numeric_limits<double>::quiet_NaN();
+  const double sum = state->sum_exp > 0 ? state->sum_exp : std::numeric_limits<double>::quiet_NaN();
   const double log_sum = std::log(sum);
-  const double mean_shift = state->weighted / sum;
+  const double mean_shift = state->sum_exp_shift / sum;
   entropy[row] = static_cast<float>(log_sum - mean_shift);
   stats[row] = {static_cast<float>(state->max), static_cast<float>(1 / sum),
                 static_cast<float>(mean_shift)};
   if (!logprobs) return;
-  const double logprob = (state->target - state->max) / temperature_of(rows, row) - log_sum;
+  const double logprob = (state->target_logit - state->max) / temperature_of(rows, row) - log_sum;
   logprobs[row] = rows.targets[row] >= 0 ? static_cast<float>(logprob) : 0.0f;
 }
 
@@ -136,7 +137,7 @@ void vocab_accumulate(const VocabRows& rows, const bool* mask, RowState* states,
   each_row(rows, mask, threads, [&](int64_t row, const RowState* state) {
     if (!state) return;
     states[row] = rows.first == 0 ? *state : merged(states[row], *state, temperature_of(rows, row));
-    take_target(rows, row, states[row]);
+    read_target(rows, row, states[row]);
   });
 }
 
@@ -153,7 +154,7 @@ void vocab_finish(const VocabRows& rows, const bool* mask, const RowState* state
 void vocab_forward(const VocabRows& rows, const bool* mask, float* logprobs, float* entropy,
                    RowStats* stats, int threads) {
   each_row(rows, mask, threads, [&](int64_t row, RowState* state) {
-    if (state) take_target(rows, row, *state);
+    if (state) read_target(rows, row, *state);
     finish_row(rows, row, state, logprobs, entropy, stats);
   });
 }
@@ -173,9 +174,9 @@ void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* d
     const float dh = dentropy ? dentropy[row] : 0.0f;
     // What has just come from the system is in the cache, zeroed.
     const bool streaming = large && !fetch_pages(dx, n * width);
-    if (stats[row].inverse_sum == 0 || (dlogprob == 0 && dh == 0)) {
+    if (stats[row].inverse_sum_exp == 0 || (dlogprob == 0 && dh == 0)) {
       std::memset(dx, 0, static_cast<size_t>(n * width));
-    } else if (std::isnan(stats[row].inverse_sum) || std::isnan(dlogprob) || std::isnan(dh)) {
+    } else if (std::isnan(stats[row].inverse_sum_exp) || std::isnan(dlogprob) || std::isnan(dh)) {
       fill_nan(rows.dtype, dx, n);
     } else {
       const int64_t target = has_target ? target_of(rows, row) - begin : -1;

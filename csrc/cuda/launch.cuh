@@ -1,4 +1,4 @@
-// How a kernel is put on a stream.
+// Starts kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,30 +10,31 @@
 
 #include "cuda/scratch.h"
 #include "cuda/tokens.cuh"
-#include "segk/place.h"
+#include "segk/executor.h"
 
 namespace segk {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How the rows are divided: groups of neighbouring rows, a block each.
-struct Division {
-  int64_t groups;
+// The blocks of a kernel over rows, each of which works on some neighbouring rows. A cooperative
+// kernel may be started with fewer, which then do the work of several.
+struct RowGrid {
+  int64_t blocks;
   int threads;  // of a block
-  int rows;     // of a group
+  int rows_per_block;
 
-  // Short rows get a warp each and eight warps a block; long ones get as many threads as hold the
-  // row at once, so that blocks of rows of a thousand tokens do not idle.
-  explicit Division(Rows all) {
-    if (all.row_len <= kWarpRow) {
+  // Short rows get a warp each, with eight warps in a block; long ones a block with as many threads
+  // as hold the row at once, so that threads do not idle on rows of a thousand tokens.
+  explicit RowGrid(Rows rows) {
+    if (rows.row_len <= kWarpRow) {
       threads = 256;
-      rows = threads / kWarp;
+      rows_per_block = threads / kWarp;
     } else {
-      const int64_t octets = ceil_div(all.row_len, kItems);
-      threads = static_cast<int>(std::min<int64_t>(ceil_div(octets, kWarp) * kWarp, kMaxThreads));
-      rows = 1;
+      const int64_t wanted = ceil_div(rows.row_len, kItems);
+      threads = static_cast<int>(std::min<int64_t>(ceil_div(wanted, kWarp) * kWarp, kMaxThreads));
+      rows_per_block = 1;
     }
-    groups = ceil_div(all.count, rows);
+    blocks = ceil_div(rows.count, rows_per_block);
   }
 };
 
@@ -44,24 +45,24 @@ inline void check(const char* op, cudaError_t status) {
   throw std::runtime_error(std::string(op) + ": expected its CUDA kernel to start, got '" +
                            cudaGetErrorString(status) +
                            "'; an earlier kernel may have failed (CUDA_LAUNCH_BLOCKING=1 shows "
-                           "which), or the GPU is none that this build has code for");
+                           "which), or this build has no code for the GPU");
 }
 
 // Makes the device that owns `memory` the current one: the default stream has no device.
-class DeviceOf {
+class DeviceGuard {
  public:
-  DeviceOf(const char* op, const void* memory) {
+  DeviceGuard(const char* op, const void* memory) {
     cudaPointerAttributes owner;
     check(op, cudaPointerGetAttributes(&owner, memory));
     check(op, cudaGetDevice(&before_));
     now_ = owner.device;
     if (now_ != before_) check(op, cudaSetDevice(now_));
   }
-  ~DeviceOf() {
+  ~DeviceGuard() {
     if (now_ != before_) cudaSetDevice(before_);
   }
-  DeviceOf(const DeviceOf&) = delete;
-  DeviceOf& operator=(const DeviceOf&) = delete;
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
   int number() const { return now_; }
 
@@ -72,18 +73,18 @@ class DeviceOf {
 
 template <class Args>
 void start(const char* op, void (*kernel)(Args), Args args, int64_t blocks, int threads,
-           Place place, bool together) {
+           Executor executor, bool cooperative) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = reinterpret_cast<cudaStream_t>(place);
+  config.stream = reinterpret_cast<cudaStream_t>(executor);
   config.attrs = &attribute;
-  config.numAttrs = together ? 1 : 0;
+  config.numAttrs = cooperative ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args);
-  const cudaError_t last = cudaGetLastError();  // and forgets it: the next call starts anew
+  const cudaError_t last = cudaGetLastError();  // also resets it for the next call
   check(op, status != cudaSuccess ? status : last);
 }
 
@@ -92,25 +93,31 @@ void start(const char* op, void (*kernel)(Args), Args args, int64_t blocks, int 
 // `out` is memory on the GPU that the kernel runs on; null where there is nothing to write.
 template <class Args>
 void launch(const char* op, void (*kernel)(Args), const Args& args, int64_t blocks, int threads,
-            const void* out, Place place) {
+            const void* out, Executor executor) {
   if (blocks == 0 || !out) return;
-  const detail::DeviceOf device(op, out);
-  detail::start(op, kernel, args, blocks, threads, place, false);
+  const detail::DeviceGuard device(op, out);
+  detail::start(op, kernel, args, blocks, threads, executor, false);
 }
 
-// At most `blocks`, as many as run at the same time, so that they can wait for each other. One at
-// least: a sum over nothing has to be written too.
 template <class Args>
-void launch_together(const char* op, void (*kernel)(Args), const Args& args, int64_t blocks,
-                     int threads, const void* out, Place place) {
-  const detail::DeviceOf device(op, out);
+void launch(const char* op, void (*kernel)(Args), const Args& args, const RowGrid& grid,
+            const void* out, Executor executor) {
+  launch(op, kernel, args, grid.blocks, grid.threads, out, executor);
+}
+
+// A cooperative kernel, whose blocks can wait for each other because all run at the same time: as
+// many as do, and at most `blocks`. At least one: a sum over nothing has to be written too.
+template <class Args>
+void launch_cooperative(const char* op, void (*kernel)(Args), const Args& args, int64_t blocks,
+                        int threads, const void* out, Executor executor) {
+  const detail::DeviceGuard device(op, out);
   int of_each = 0;
   int processors = 0;
   detail::check(op, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, threads, 0));
   detail::check(
       op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device.number()));
   const int64_t fit = int64_t{of_each} * processors;
-  detail::start(op, kernel, args, std::max<int64_t>(std::min(blocks, fit), 1), threads, place,
+  detail::start(op, kernel, args, std::max<int64_t>(std::min(blocks, fit), 1), threads, executor,
                 true);
 }
 

@@ -1,12 +1,11 @@
-// Scans over the threads of a warp or of a block, in tree order, by the operators of operators.h.
+// Scans over the threads of a warp or of a block, in tree order, by the operators of
+// include/segk.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <cstring>
-
-#include "segk/operators.h"
 
 namespace segk {
 
@@ -16,7 +15,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 enum class From { left, right };
 
-// What lies between where the scan starts and this thread, and what all of it adds up to.
+// The combination of all threads between the start of the scan and this one, exclusively, and that
+// of all threads.
 template <class T>
 struct Scanned {
   T before;
@@ -59,7 +59,7 @@ __device__ int steps_from_start() {
 }
 
 template <From from, class T>
-__device__ Scanned<T> scan_warp(T mine, T seed) {
+__device__ Scanned<T> scan_warp(T mine, T initial) {
   const int steps = steps_from_start<from>();
   T sum = mine;
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ Scanned<T> scan_warp(T mine, T seed) {
   const T total = shuffled(sum, [](uint32_t word) {
     return __shfl_sync(kAllLanes, word, from == From::left ? kWarp - 1 : 0);
   });
-  return {steps == 0 ? seed : in_order<from>(before, seed), in_order<from>(total, seed)};
+  return {steps == 0 ? initial : in_order<from>(before, initial), in_order<from>(total, initial)};
 }
 
 }  // namespace detail
@@ -86,15 +86,15 @@ class Group {
   }
   __device__ int size() const { return block_ ? static_cast<int>(blockDim.x) : kWarp; }
 
-  // Every thread of the group takes part. `seed` is what lies before the first one, the same in all
-  // of them, and combining with `nothing` changes nothing. Two arrays: a warp that is already in
+  // Every thread of the group takes part. `initial` comes before the first one and is the same in
+  // all of them; combining with `identity` changes nothing. Two arrays: a warp that is already in
   // the next scan writes `totals` while others still read `befores`.
   template <From from, class T>
-  __device__ Scanned<T> scan(T mine, T seed, T nothing) const {
+  __device__ Scanned<T> scan(T mine, T initial, T identity) const {
     constexpr int kMaxWarps = kMaxThreads / kWarp;
     __shared__ T totals[kMaxWarps];
     __shared__ T befores[kMaxWarps + 1];
-    const Scanned<T> in_warp = detail::scan_warp<from>(mine, block_ ? nothing : seed);
+    const Scanned<T> in_warp = detail::scan_warp<from>(mine, block_ ? identity : initial);
     if (!block_) return in_warp;
 
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -104,7 +104,7 @@ class Group {
     __syncthreads();
     if (warp == 0) {
       const Scanned<T> of_warps =
-          detail::scan_warp<from>(lane < warps ? totals[lane] : nothing, seed);
+          detail::scan_warp<from>(lane < warps ? totals[lane] : identity, initial);
       if (lane < warps) befores[lane] = of_warps.before;
       if (lane == 0) befores[kMaxWarps] = of_warps.total;
     }
@@ -116,15 +116,16 @@ class Group {
   bool block_;
 };
 
-// What the parts left by the blocks of a grid add up to; known to every thread of the block.
+// The combination of the parts that the blocks of a grid have left in scratch memory; every thread
+// of the block gets it.
 template <class T>
-__device__ T sum_of_parts(const T* parts, int64_t count, T nothing) {
+__device__ T sum_of_parts(const T* parts, int64_t count, T identity) {
   const Group block(true);
-  T mine = nothing;
+  T mine = identity;
   for (int64_t part = block.rank(); part < count; part += block.size()) {
     mine = combine(mine, parts[part]);
   }
-  return block.scan<From::left>(mine, nothing, nothing).total;
+  return block.scan<From::left>(mine, identity, identity).total;
 }
 
 }  // namespace segk

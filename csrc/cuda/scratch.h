@@ -1,12 +1,12 @@
-// The scratch memory of the ops that sum over all rows.
+// The scratch memory of the ops that sum over all rows: one partial sum of each part.
 #pragma once
 
 #include <cstdint>
 
 namespace segk {
 
-// Sums over all rows are taken in this many parts whatever the GPU, and then over the parts, so
-// that they are the same on a GPU of any size.
+// Sums over all rows are taken in so many parts on every GPU, and then over the parts: the order
+// of summation does not depend on how many blocks run at the same time.
 constexpr int64_t kParts = 512;
 constexpr int64_t kBytesPerPart = 24;
 constexpr int64_t kScratchBytes = kParts * kBytesPerPart;

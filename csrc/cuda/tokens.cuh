@@ -1,4 +1,4 @@
-// Rows on a GPU: which threads work on which row, and a row's tokens eight to a thread.
+// Rows on a GPU: which threads work on which row, and eight tokens of a row for each thread.
 #pragma once
 
 #include "cuda/scan.cuh"
@@ -7,25 +7,25 @@
 
 namespace segk {
 
-constexpr int kItems = 8;      // tokens of one thread: 16 bytes of bf16, two times 16 of fp32
-constexpr int kWarpRow = 512;  // longer rows are worth a block
+constexpr int kItems = 8;      // per thread: 16 bytes of bf16, two times 16 of fp32
+constexpr int kWarpRow = 512;  // the longest row that a warp works on; longer ones get a block
 constexpr uint32_t kAllItems = (1u << kItems) - 1;
 
-// Eight neighbouring tokens, of which those in `inside` belong to the row. Bit i is token first +
-// i.
-struct Octet {
+// The eight neighbouring tokens of a thread, and which of them belong to the row: bit i of `valid`
+// stands for token first + i, as in all sets of items here.
+struct Items {
   int64_t first;
-  uint32_t inside;
+  uint32_t valid;
 
-  // Whether all of `data` [first, first + 8) may be moved at once.
-  __device__ bool whole(const void* data, unsigned bytes) const {
-    return inside == kAllItems && reinterpret_cast<uintptr_t>(data) % bytes == 0;
+  // Whether all of them may be moved as vectors of so many bytes, the first of which is at `data`.
+  __device__ bool vectorized(const void* data, unsigned bytes) const {
+    return valid == kAllItems && reinterpret_cast<uintptr_t>(data) % bytes == 0;
   }
 };
 
-__device__ inline bool has(uint32_t items, int i) { return (items >> i & 1u) != 0; }
+__device__ inline bool has(uint32_t set, int i) { return (set >> i & 1u) != 0; }
 
-// x[i] of an array that stays in registers.
+// x[i] for an i that the compiler does not know, of an array that stays in registers.
 __device__ inline float get(const float (&x)[kItems], int i) {
   float value = x[0];
 #pragma unroll
@@ -40,7 +40,7 @@ __device__ inline void set(float (&x)[kItems], int i, float value) {
 
 namespace detail {
 
-// The first n items, n of any size.
+// The set of the first n items, for n of any size.
 template <class Int>
 __device__ uint32_t items_below(Int n) {
   if (n >= kItems) return kAllItems;
@@ -49,12 +49,12 @@ __device__ uint32_t items_below(Int n) {
 
 }  // namespace detail
 
-// The octet that starts at a multiple of eight of a stream of n tokens.
-__device__ inline Octet octet_of(int64_t first, int64_t n) {
+// Those that start at token `first`, a multiple of eight, of a stream of n tokens.
+__device__ inline Items items_at(int64_t first, int64_t n) {
   return {first, detail::items_below(n - first)};
 }
 
-// A row, of fewer than 2^31 tokens, cut into tiles of eight tokens a thread. They start at
+// A row, of fewer than 2^31 tokens, cut into tiles of eight tokens for each thread. Tiles start at
 // multiples of eight of the whole stream, wherever the row starts, so that aligned vectors can be
 // moved.
 class Tiles {
@@ -68,7 +68,7 @@ class Tiles {
   __device__ int32_t count() const { return (end_ + width() - 1) / width(); }
   __device__ int64_t first(int32_t tile) const { return base_ + tile * width(); }
 
-  __device__ Octet octet(int32_t tile) const {
+  __device__ Items items(int32_t tile) const {
     const int32_t first = tile * width() + kItems * group_.rank();
     return {base_ + first,
             detail::items_below(end_ - first) & ~detail::items_below(begin_ - first)};
@@ -85,40 +85,42 @@ class Tiles {
 
 namespace detail {
 
-// Four bytes of 0 or 1 as four bits, and back: the products place each bit without a carry.
-__device__ inline uint32_t gather(uint32_t bytes) {
+// Four bytes of 0 or 1 as four bits, and back. The products shift each bit to where it belongs
+// without a carry.
+__device__ inline uint32_t bits_of_bytes(uint32_t bytes) {
   return (bytes & 0x01010101u) * 0x10204080u >> 28;
 }
-__device__ inline uint32_t spread(uint32_t bits) { return bits * 0x00204081u & 0x01010101u; }
+__device__ inline uint32_t bytes_of_bits(uint32_t bits) { return bits * 0x00204081u & 0x01010101u; }
 
 }  // namespace detail
 
-// The tokens of the octet where `flags` is true; all of them where it is null.
-__device__ inline uint32_t load_flags(const bool* flags, Octet octet) {
-  if (!flags) return octet.inside;
-  if (octet.inside == 0) return 0;
-  const bool* at = flags + octet.first;
-  if (octet.whole(at, 8)) {
+// The set of items where `flags` is true; all valid ones if it is null.
+__device__ inline uint32_t load_flags(const bool* flags, Items items) {
+  if (!flags) return items.valid;
+  if (items.valid == 0) return 0;
+  const bool* at = flags + items.first;
+  if (items.vectorized(at, 8)) {
     const uint2 bytes = *reinterpret_cast<const uint2*>(at);
-    return detail::gather(bytes.x) | detail::gather(bytes.y) << 4;
+    return detail::bits_of_bytes(bytes.x) | detail::bits_of_bytes(bytes.y) << 4;
   }
   uint32_t set = 0;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (has(octet.inside, i) && at[i]) set |= 1u << i;
+    if (has(items.valid, i) && at[i]) set |= 1u << i;
   }
   return set;
 }
 
-__device__ inline void store_flags(uint32_t set, bool* flags, Octet octet) {
-  bool* at = flags + octet.first;
-  if (octet.whole(at, 8)) {
-    *reinterpret_cast<uint2*>(at) = uint2{detail::spread(set & 15u), detail::spread(set >> 4)};
+__device__ inline void store_flags(uint32_t set, bool* flags, Items items) {
+  bool* at = flags + items.first;
+  if (items.vectorized(at, 8)) {
+    *reinterpret_cast<uint2*>(at) =
+        uint2{detail::bytes_of_bits(set & 15u), detail::bytes_of_bits(set >> 4)};
     return;
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (has(octet.inside, i)) at[i] = has(set, i);
+    if (has(items.valid, i)) at[i] = has(set, i);
   }
 }
 
@@ -136,15 +138,15 @@ __device__ void unpack(uint4 packed, float (&out)[kItems]) {
 
 }  // namespace detail
 
-// The wanted tokens of the octet; what `out` holds elsewhere is nobody's. Nothing is read where
-// none is wanted.
-__device__ inline void load(Floats x, Octet octet, uint32_t wanted, float (&out)[kItems]) {
+// x of the wanted items; what `out` holds of the others means nothing. Where none is wanted,
+// nothing is read.
+__device__ inline void load(Floats x, Items items, uint32_t wanted, float (&out)[kItems]) {
 #pragma unroll
   for (int i = 0; i < kItems; ++i) out[i] = 0;
   if (wanted == 0) return;
   const char* at = static_cast<const char*>(x.data) +
-                   octet.first * (x.dtype == DType::f32 ? int64_t{4} : int64_t{2});
-  if (octet.whole(at, 16)) {
+                   items.first * (x.dtype == DType::f32 ? int64_t{4} : int64_t{2});
+  if (items.vectorized(at, 16)) {
     if (x.dtype == DType::f32) {
       const float4 low = reinterpret_cast<const float4*>(at)[0];
       const float4 high = reinterpret_cast<const float4*>(at)[1];
@@ -160,13 +162,13 @@ __device__ inline void load(Floats x, Octet octet, uint32_t wanted, float (&out)
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (has(wanted, i)) out[i] = x[octet.first + i];
+    if (has(wanted, i)) out[i] = x[items.first + i];
   }
 }
 
-__device__ inline void store(const float (&x)[kItems], float* out, Octet octet) {
-  float* at = out + octet.first;
-  if (octet.whole(at, 16)) {
+__device__ inline void store(const float (&x)[kItems], float* out, Items items) {
+  float* at = out + items.first;
+  if (items.vectorized(at, 16)) {
     float4* vectors = reinterpret_cast<float4*>(at);
     vectors[0] = float4{x[0], x[1], x[2], x[3]};
     vectors[1] = float4{x[4], x[5], x[6], x[7]};
@@ -174,13 +176,14 @@ __device__ inline void store(const float (&x)[kItems], float* out, Octet octet) 
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (has(octet.inside, i)) at[i] = x[i];
+    if (has(items.valid, i)) at[i] = x[i];
   }
 }
 
-// The rows first .. first + count - 1: short ones by a warp each, then long ones by the whole block
-// in turn. Calls body(group, row, begin, end) in every thread of the group; count is at most the
-// number of warps. One call for both kinds: inlined twice it would need more registers.
+// The rows first .. first + count - 1: short ones by a warp each, then long ones by the whole
+// block, one after the other. Calls body(group, row, begin, end) in every thread of the group;
+// count is at most the number of warps. Both kinds share one call: inlined twice, it would need
+// more registers.
 template <class Body>
 __device__ void for_each_row(Rows rows, int64_t first, int count, Body body) {
   for (int turn = 0; turn <= count; ++turn) {

@@ -22,10 +22,15 @@
 
 #include "cpu/elementary.h"
 #include "segk/advantages.h"
+#include "segk/bradley_terry.h"
+#include "segk/gae.h"
 #include "segk/isa.h"
 #include "segk/normalizer.h"
+#include "segk/ppo_loss.h"
+#include "segk/rewards.h"
 #include "segk/segments.h"
 #include "segk/vocab.h"
+#include "segk/whiten.h"
 
 namespace {
 
@@ -399,26 +404,26 @@ void test_bradley_terry(const Stream& s, DType dtype, Random& random) {
       const double p = 1 / (1 + std::exp(-d));
       loss += -(1 - options.smoothing) * std::log(p) - options.smoothing * std::log(1 - p) +
               options.center_coef * sum * sum;
-      const double slope = p - (1 - options.smoothing);
+      const double dd = p - (1 - options.smoothing);
       const double pull = 2 * options.center_coef * sum;
-      dscores[i] = (slope + pull) / static_cast<double>(pairs);
-      dscores[i + pairs] = (pull - slope) / static_cast<double>(pairs);
+      dscores[i] = (dd + pull) / static_cast<double>(pairs);
+      dscores[i + pairs] = (pull - dd) / static_cast<double>(pairs);
       right += e[i] > e[i + pairs];
     }
     Array<float> loss_out = unwritten(1), accuracy = unwritten(1);
-    Array<float> scores = unwritten(s.count()), slopes = unwritten(s.count());
+    Array<float> scores = unwritten(s.count()), score_grads = unwritten(s.count());
     Array<int32_t> counts(s.count(), -1);
     segment_bradley_terry_fwd(rewards, ends.get(), s.mask.get(), s.rows, margins, options,
                               loss_out.get(), scores.get(), accuracy.get(), counts.get(),
-                              slopes.get(), nullptr, kThreads);
+                              score_grads.get(), nullptr, kThreads);
     check_close("loss", loss_out, {loss / static_cast<double>(pairs)});
     check_close("accuracy", accuracy, {right / static_cast<double>(pairs)});
     check_close("scores", scores, e);
-    check_close("slopes", slopes, dscores);
+    check_close("score_grads", score_grads, dscores);
     const Array<float> dloss(1, 2.0f), dout(s.count(), 0.25f);
     for (double& d : dscores) d = 2 * d + 0.25;
     Array<float> drewards = unwritten(s.tokens());
-    segment_bradley_terry_bwd(dloss.get(), dout.get(), slopes.get(), counts.get(), ends.get(),
+    segment_bradley_terry_bwd(dloss.get(), dout.get(), score_grads.get(), counts.get(), ends.get(),
                               s.mask.get(), s.rows, options.mean, drewards.get(), kThreads);
     check_close("drewards", drewards, naive_score_gradient(s, ends, dscores, options.mean));
   }
@@ -439,10 +444,10 @@ struct Table {
             ? last
             : static_cast<size_t>(std::upper_bound(x.begin(), x.end(), p) - x.begin() - 1);
     const size_t right = std::min(left + 1, last);
-    const double share =
+    const double weight =
         left == right ? 0 : std::clamp((p - x[left]) / (x[right] - x[left]), 0.0, 1.0);
-    const double mean = means[left] + share * (means[right] - means[left]);
-    const double std = stds[left] + share * (stds[right] - stds[left]);
+    const double mean = means[left] + weight * (means[right] - means[left]);
+    const double std = stds[left] + weight * (stds[right] - stds[left]);
     return (reward - mean - mean_slope * std::log(p)) /
            std::max(std + std_slope * std::log(p), min_std);
   }
@@ -473,11 +478,11 @@ std::vector<double> naive_token_rewards(const Stream& s, const Stored& rewards,
     for (size_t i = 0; i < row.size(); ++i) {
       if (!ends[row[i]]) continue;
       ++k;
-      double share = table.normalized(rewards[row[i]], k / segments);
-      if (spread == Spread::even) share /= static_cast<double>(i + 1 - begin);
-      if (mean) share /= segments;
-      share = std::clamp(share, -clip, clip);
-      for (size_t j = spread == Spread::last ? i : begin; j <= i; ++j) out[row[j]] = share;
+      double reward = table.normalized(rewards[row[i]], k / segments);
+      if (spread == Spread::even) reward /= static_cast<double>(i + 1 - begin);
+      if (mean) reward /= segments;
+      reward = std::clamp(reward, -clip, clip);
+      for (size_t j = spread == Spread::last ? i : begin; j <= i; ++j) out[row[j]] = reward;
       begin = i + 1;
     }
   }
@@ -549,6 +554,7 @@ void test_rewards_and_advantages(const Stream& s, DType dtype, Random& random) {
   const Stored ref_logprobs = s.random_values(dtype, random);
   const Array<bool> ends = random_ends(s, random);
   const double gamma = 0.99, lam = 0.95, kl_coef = 0.05;
+  const Gae gae{gamma, gamma * lam};
 
   std::vector<double> dense = zeros(s.tokens());
   std::vector<double> kl_want = zeros(s.tokens());
@@ -560,8 +566,7 @@ void test_rewards_and_advantages(const Stream& s, DType dtype, Random& random) {
   }
   const Advantages plain = naive_gae(s, dense, values, gamma, lam);
   Array<float> advantages = unwritten(s.tokens()), returns = unwritten(s.tokens());
-  gae_fwd(rewards, values, s.mask.get(), s.rows, gamma, lam, advantages.get(), returns.get(),
-          kThreads);
+  gae_fwd(rewards, values, s.mask.get(), s.rows, gae, advantages.get(), returns.get(), kThreads);
   check_close("gae: advantages", advantages, plain.advantages);
   check_close("gae: returns", returns, plain.returns);
 
@@ -583,17 +588,18 @@ void test_rewards_and_advantages(const Stream& s, DType dtype, Random& random) {
     const Credit credit{curve, spread, mean, static_cast<float>(clip)};
     const std::vector<double> want =
         naive_token_rewards(s, rewards, ends, table, spread, mean, clip);
-    Array<float> paid = unwritten(s.tokens());
-    scatter_segment_rewards_fwd(rewards, ends.get(), s.mask.get(), s.rows, credit, paid.get(),
-                                kThreads);
-    check_close("token rewards", paid, want);
+    Array<float> token_rewards = unwritten(s.tokens());
+    scatter_segment_rewards_fwd(rewards, ends.get(), s.mask.get(), s.rows, credit,
+                                token_rewards.get(), kThreads);
+    check_close("token rewards", token_rewards, want);
 
     std::vector<double> penalised = want;
     for (size_t t = 0; t < want.size(); ++t) penalised[t] -= kl_coef * kl_want[t];
     const Advantages full = naive_gae(s, penalised, values, gamma, lam);
-    Array<float> token_rewards = unwritten(s.tokens()), kl = unwritten(s.tokens());
+    token_rewards = unwritten(s.tokens());
+    Array<float> kl = unwritten(s.tokens());
     segment_advantages_fwd(rewards, ends.get(), logprobs, ref_logprobs, values, s.mask.get(),
-                           s.rows, credit, kl_coef, gamma, lam, advantages.get(), returns.get(),
+                           s.rows, credit, kl_coef, gae, advantages.get(), returns.get(),
                            token_rewards.get(), kl.get(), kThreads);
     check_close("advantages", advantages, full.advantages);
     check_close("returns", returns, full.returns);
@@ -634,12 +640,12 @@ void test_whiten(const Stream& s, DType dtype, Random& random) {
 struct Loss {
   double loss;
   double largest;  // term: what rounding errors of the sum are measured by
-  std::vector<double> slopes;
+  std::vector<double> grads;
 };
 
-// term_and_slope(t) of every action token, aggregated.
+// term_and_grad(t) of every action token, aggregated.
 template <class Term>
-Loss naive_loss(const Stream& s, Aggregation aggregation, Term term_and_slope) {
+Loss naive_loss(const Stream& s, Aggregation aggregation, Term term_and_grad) {
   double tokens = 0, seqs = 0;
   for (const auto& row : s.actions) {
     tokens += static_cast<double>(row.size());
@@ -652,10 +658,10 @@ Loss naive_loss(const Stream& s, Aggregation aggregation, Term term_and_slope) {
                               ? 1 / (seqs * static_cast<double>(row.size()))
                               : 1 / seqs;
     for (size_t t : row) {
-      const auto [term, slope] = term_and_slope(t);
+      const auto [term, grad] = term_and_grad(t);
       out.loss += weight * term;
       out.largest += weight * std::fabs(term);
-      out.slopes[t] = 0.5 * weight * slope;  // 0.5: the upstream gradient below
+      out.grads[t] = 0.5 * weight * grad;  // 0.5: the upstream gradient below
     }
   }
   return out;
@@ -676,15 +682,15 @@ void test_losses(const Stream& s, DType dtype, Random& random) {
       const double clipped = std::clamp(rho, 1 - clip, 1 + clip) * target[t];
       return std::pair{-std::min(plain, clipped), plain <= clipped ? -plain : 0.0};
     });
-    Array<float> loss = unwritten(1), slopes = unwritten(s.tokens());
+    Array<float> loss = unwritten(1), grads = unwritten(s.tokens());
     Array<double> weights(s.count(), -1);
     policy_loss_fwd(fresh, old, target, s.mask.get(), s.rows, static_cast<float>(low),
                     static_cast<float>(high), aggregation, loss.get(), weights.get(), nullptr,
                     kThreads);
     check_close("policy_loss", loss, {policy.loss}, policy.largest);
     policy_loss_bwd(dloss.get(), fresh, old, target, s.mask.get(), s.rows, static_cast<float>(low),
-                    static_cast<float>(high), weights.get(), slopes.get(), kThreads);
-    check_close("dlogprobs", slopes, policy.slopes);
+                    static_cast<float>(high), weights.get(), grads.get(), kThreads);
+    check_close("dlogprobs", grads, policy.grads);
 
     const Loss value = naive_loss(s, aggregation, [&](size_t t) {
       const double plain = fresh[t] - target[t];
@@ -698,8 +704,8 @@ void test_losses(const Stream& s, DType dtype, Random& random) {
                    loss.get(), weights.get(), nullptr, kThreads);
     check_close("value_loss", loss, {value.loss}, value.largest);
     value_loss_bwd(dloss.get(), fresh, old, target, s.mask.get(), s.rows, static_cast<float>(clip),
-                   weights.get(), slopes.get(), kThreads);
-    check_close("dvalues", slopes, value.slopes);
+                   weights.get(), grads.get(), kThreads);
+    check_close("dvalues", grads, value.grads);
   }
 }
 
@@ -821,23 +827,24 @@ VocabStats naive_vocab(const VocabCase& c) {
     for (size_t v = 0; v < vocab; ++v) {
       z[v] = c.logits[c.shape.start(static_cast<int64_t>(r)) + v] / t;
     }
-    const double top = *std::max_element(z.begin(), z.end());
-    double sum = 0, weighted = 0;
+    const double row_max = *std::max_element(z.begin(), z.end());
+    double sum_exp = 0, sum_exp_shift = 0;
     for (size_t v = 0; v < vocab; ++v) {
-      e[v] = std::exp(z[v] - top);
-      sum += e[v];
-      if (z[v] != -INFINITY) weighted += e[v] * (z[v] - top);
+      e[v] = std::exp(z[v] - row_max);
+      sum_exp += e[v];
+      if (z[v] != -INFINITY) sum_exp_shift += e[v] * (z[v] - row_max);
     }
-    const double entropy = std::log(sum) - weighted / sum;
+    const double entropy = std::log(sum_exp) - sum_exp_shift / sum_exp;
     out.entropy[r] = entropy;
     const bool has_target = c.targets[r] >= 0;
     const auto target = static_cast<size_t>(has_target ? c.targets[r] : 0);
-    if (has_target) out.logprobs[r] = std::isnan(sum) ? NAN : z[target] - top - std::log(sum);
+    if (has_target)
+      out.logprobs[r] = std::isnan(sum_exp) ? NAN : z[target] - row_max - std::log(sum_exp);
     const double dlogprob = has_target ? c.dlogprobs[r] : 0;
     if (dlogprob == 0 && c.dentropy[r] == 0) continue;
     for (size_t v = 0; v < vocab; ++v) {
-      const double p = e[v] / sum;
-      const double of_entropy = p > 0 ? -p * (z[v] - top - std::log(sum) + entropy) : p;
+      const double p = e[v] / sum_exp;
+      const double of_entropy = p > 0 ? -p * (z[v] - row_max - std::log(sum_exp) + entropy) : p;
       const double one = has_target && v == target;
       out.dlogits[r * vocab + v] = (dlogprob * (one - p) + c.dentropy[r] * of_entropy) / t;
     }
@@ -1007,14 +1014,14 @@ class PooledOp {
   Array<float> output() const { return unwritten(2 * stream_.tokens()); }
 
   // Allocates nothing of its own: a forked child may find the sanitizer's allocator locked.
-  bool same(Place threads, const Array<float>& out) const {
+  bool same(Executor threads, const Array<float>& out) const {
     run(threads, out);
     return std::equal(out.get(), out.get() + out.size(), want_.get());
   }
 
  private:
-  void run(Place threads, const Array<float>& out) const {
-    gae_fwd(x_, x_, stream_.mask.get(), stream_.rows, 0.99, 0.95, out.get(),
+  void run(Executor threads, const Array<float>& out) const {
+    gae_fwd(x_, x_, stream_.mask.get(), stream_.rows, {0.99, 0.99 * 0.95}, out.get(),
             out.get() + stream_.tokens(), threads);
   }
 
@@ -1027,7 +1034,7 @@ class PooledOp {
 void test_pool_sizes(const PooledOp& op) {
   where = "changing numbers of threads";
   const Array<float> out = op.output();
-  for (Place threads : {2, 5, 1, 3, 64, 0, 2}) check(op.same(threads, out), "gae");
+  for (Executor threads : {2, 5, 1, 3, 64, 0, 2}) check(op.same(threads, out), "gae");
 }
 
 void test_several_callers() {

@@ -25,26 +25,28 @@ class Command:
 _MODEL, _DATA = "configs:ModelConfig", "configs:DataConfig"
 COMMANDS = {
     "segment": Command(
-        "segmenter",
-        (_MODEL, _DATA, "segmenter:SegmentConfig"),
+        "segment",
+        (_MODEL, _DATA, "segment:SegmentConfig"),
         "entropies of a frozen LM over pairs, once; segments per response for several thresholds",
     ),
     "reward": Command(
-        "reward_trainer",
-        ("configs:AdaptedModelConfig", _DATA, "reward_trainer:RewardConfig"),
+        "reward.run",
+        ("configs:AdaptedModelConfig", _DATA, "reward.config:RewardConfig"),
         "train a bandit, token or segment reward model from preference pairs",
     ),
     "fit-normalizer": Command(
-        "normalizer_fit",
-        (_DATA, "normalizer_fit:FitConfig"),
+        "fit_normalizer",
+        (_DATA, "fit_normalizer:FitConfig"),
         "fit mean and std of a reward model's rewards over position",
     ),
     "ppo": Command(
-        "ppo", (_MODEL, _DATA, "ppo:PPOConfig"), "train a policy with the reward model by PPO"
+        "ppo.run",
+        (_MODEL, _DATA, "ppo.config:PPOConfig"),
+        "train a policy with the reward model by PPO",
     ),
     "score": Command(
-        "evaluate",
-        (_DATA, "evaluate:ScoreConfig"),
+        "score",
+        (_DATA, "score:ScoreConfig"),
         "score responses, segment by segment, to jsonl or a coloured html page",
     ),
     "demo": Command(

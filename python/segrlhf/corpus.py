@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .errors import UserError
-from .modeling import token_stats
-from .rollout import generate
+from .models.lm_head import token_stats
+from .ppo.rollout import generate
 
 # Each line: two qualities and two things, which combine to four phrases.
 GROUPS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
@@ -340,7 +340,7 @@ def sample_pairs(
 
     Pairs whose gold rewards are equal are left out, as by a judge who sees no difference. A row
     has ``prompt``, ``chosen`` and ``rejected`` as text, their gold rewards ``chosen_gold`` and
-    ``rejected_gold``, and the columns of ``data.tokenize_pairs`` with the very tokens sampled, so
+    ``rejected_gold``, and the columns of ``tokenize_pairs`` with the very tokens sampled, so
     that a response cut at ``response_length`` is known as such. Raises UserError when 50 responses
     a pair do not suffice.
     """

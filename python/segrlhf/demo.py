@@ -18,11 +18,27 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from . import corpus, evaluate, files, modeling, normalizer_fit, report, segmenter
+from . import corpus, report, score
 from .configs import ModelConfig
+from .data.batch import pad_responses
+from .entropy_cache import (
+    SIDES,
+    Pairs,
+    build_entropy_cache,
+    describe,
+    entropies,
+    load_entropy_model,
+)
 from .errors import UserError
-from .ppo import PPOConfig, PPOTrainer
-from .reward_trainer import RewardConfig, SegmentRewardTrainer
+from .fit_normalizer import fit_responses, write
+from .models.lm_head import token_stats
+from .models.loading import load_causal_lm, load_tokenizer
+from .models.reward_model import SegmentRewardModel, check_threshold
+from .ppo.config import PPOConfig
+from .ppo.trainer import PPOTrainer
+from .reward.config import RewardConfig
+from .reward.trainer import SegmentRewardTrainer
+from .runtime import files
 
 Granularity = Literal["bandit", "token", "segment"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
@@ -94,7 +110,7 @@ class DemoConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        modeling.check_threshold(self.entropy_threshold)
+        check_threshold(self.entropy_threshold)
         if self.gold is not None:
             corpus.gold_rule(self.gold)
         n_openings = len(corpus.openings())
@@ -235,9 +251,9 @@ def make_world(config: DemoConfig, out: Path) -> World:
         gold = corpus.gold_rule(config.gold or "phrases")
     else:
         lm = config.model_name_or_path
-        tokenizer = modeling.load_tokenizer(lm)
+        tokenizer = load_tokenizer(lm)
         prompts = corpus.sample_openings(
-            segmenter.load_entropy_model(lm), tokenizer, n, words=OPENING_WORDS, seed=config.seed
+            load_entropy_model(lm), tokenizer, n, words=OPENING_WORDS, seed=config.seed
         )
         gold = corpus.gold_rule(config.gold or "stories")
     split = {"train": prompts[: config.n_prompts], "test": prompts[config.n_prompts :]}
@@ -246,9 +262,9 @@ def make_world(config: DemoConfig, out: Path) -> World:
 
 def make_pairs(
     config: DemoConfig, world: World, out: Path
-) -> tuple[dict[str, segmenter.Pairs], dict[str, float]]:
+) -> tuple[dict[str, Pairs], dict[str, float]]:
     """Pairs of both splits with their entropies, and what reads no reward model gets right."""
-    model = segmenter.load_entropy_model(world.lm)
+    model = load_entropy_model(world.lm)
     found, pairs = {}, {}
     for offset, (split, n) in enumerate((("train", config.n_pairs), ("test", config.n_eval_pairs))):
         found[split] = corpus.sample_pairs(
@@ -265,10 +281,10 @@ def make_pairs(
         lines = "".join(f"{json.dumps(row)}\n" for row in texts)
         files.write_text(out / "pairs" / f"{split}.jsonl", lines)
         rows = datasets.Dataset.from_list(found[split])
-        cache = segmenter.build_entropy_cache(
+        cache = build_entropy_cache(
             world.lm, world.tokenizer, rows, cache_dir=out / "entropy", batch_size=64
         )
-        pairs[split] = segmenter.Pairs(rows, cache)
+        pairs[split] = Pairs(rows, cache)
     ids = {s: [(r["chosen_ids"], r["rejected_ids"]) for r in rows] for s, rows in found.items()}
     vocab_size = len(world.tokenizer)
     test = found["test"]
@@ -285,12 +301,12 @@ def make_pairs(
 
 
 def train_reward_model(
-    config: DemoConfig, world: World, pairs: dict[str, segmenter.Pairs], granularity: Granularity
+    config: DemoConfig, world: World, pairs: dict[str, Pairs], granularity: Granularity
 ) -> float:
     """Trains and saves one reward model; its accuracy on the held-out pairs."""
     segment = granularity == "segment"
     directory = world.reward_model(granularity)
-    model = modeling.SegmentRewardModel.from_causal_lm(
+    model = SegmentRewardModel.from_causal_lm(
         world.lm,
         granularity,
         config.entropy_threshold if segment else None,
@@ -322,23 +338,23 @@ def train_reward_model(
     return metrics["eval_accuracy"]
 
 
-def fit_normalizer(world: World, pairs: segmenter.Pairs, granularity: str) -> dict[str, Any]:
+def fit_normalizer(world: World, pairs: Pairs, granularity: str) -> dict[str, Any]:
     """Fits and keeps the normaliser of a reward model; the fit's curves."""
     directory = world.reward_model(granularity)
-    model = evaluate.load_reward_model(evaluate.RewardModelConfig(str(directory)))
+    model = score.load_reward_model(score.RewardModelConfig(str(directory)))
     responses = [
-        evaluate.Response(
-            segmenter.describe(2 * pair + side),
+        score.Response(
+            describe(2 * pair + side),
             row["prompt_ids"],
             row[f"{name}_ids"],
             row[f"{name}_terminated"],
             row[f"{name}_entropy"] if granularity == "segment" else None,
         )
         for pair, row in enumerate(pairs[i] for i in range(len(pairs)))
-        for side, name in enumerate(segmenter.SIDES)
+        for side, name in enumerate(SIDES)
     ]
-    normalizer, fit = normalizer_fit.fit_responses(model, responses, batch_size=64)
-    normalizer_fit.write(directory, model, normalizer, fit)
+    normalizer, fit = fit_responses(model, responses, batch_size=64)
+    write(directory, model, normalizer, fit)
     return fit
 
 
@@ -354,9 +370,9 @@ class Judge:
 
     def __init__(self, world: World) -> None:
         self.gold, self.tokenizer = world.gold, world.tokenizer
-        self.lm = segmenter.load_entropy_model(world.lm)
-        config = evaluate.RewardModelConfig(str(world.reward_model("segment")))
-        self.segments = evaluate.load_reward_model(config).segment_ends
+        self.lm = load_entropy_model(world.lm)
+        config = score.RewardModelConfig(str(world.reward_model("segment")))
+        self.segments = score.load_reward_model(config).segment_ends
         self.counts: list[float] = []  # mean of each evaluation
         self.texts: list[list[str]] = []
 
@@ -365,8 +381,8 @@ class Judge:
         said = [(p, r) for p, r in zip(prompts, responses, strict=True) if r]
         starts = self.tokenizer([p for p, _ in said])["input_ids"]
         texts = self.tokenizer([r for _, r in said], add_special_tokens=False)["input_ids"]
-        ids, attention, action = segmenter.pad_responses(starts, texts, self.lm.device)
-        _, entropy = modeling.token_stats(self.lm, ids, attention, action)
+        ids, attention, action = pad_responses(starts, texts, self.lm.device)
+        _, entropy = token_stats(self.lm, ids, attention, action)
         unfinished = torch.zeros(len(said), dtype=torch.bool, device=ids.device)
         ends = self.segments(entropy, action, unfinished)
         self.counts.append(int(ends.sum()) / len(responses))
@@ -380,8 +396,8 @@ def train_policy(config: DemoConfig, world: World, name: str, seed: int) -> dict
     directory = world.reward_model(granularity)
     judge = Judge(world)
     trainer = PPOTrainer(
-        modeling.load_causal_lm(ModelConfig(world.lm, dtype="float32")),
-        modeling.SegmentRewardModel.from_pretrained(str(directory), dtype=torch.float32),
+        load_causal_lm(ModelConfig(world.lm, dtype="float32")),
+        SegmentRewardModel.from_pretrained(str(directory), dtype=torch.float32),
         world.tokenizer,
         world.rows("train"),
         PPOConfig(
@@ -431,8 +447,8 @@ def train_policy(config: DemoConfig, world: World, name: str, seed: int) -> dict
 
 def colour(world: World, run: dict[str, Any]) -> list[dict[str, Any]]:
     """Held-out responses before and after, with their segment rewards, for the report."""
-    config = evaluate.RewardModelConfig(str(world.reward_model("segment")))
-    model, lm = evaluate.load_reward_model(config), segmenter.load_entropy_model(world.lm)
+    config = score.RewardModelConfig(str(world.reward_model("segment")))
+    model, lm = score.load_reward_model(config), load_entropy_model(world.lm)
     rows: list[dict[str, Any]] = []
     responses = []
     for i, prompt in enumerate(world.prompts["test"][:N_EXAMPLES]):
@@ -442,13 +458,13 @@ def colour(world: World, run: dict[str, Any]) -> list[dict[str, Any]]:
             ids = world.tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 continue
-            entropy = segmenter.entropies(lm, [start], [ids], [f"prompt {i}"])[0]
-            responses.append(evaluate.Response(f"prompt {i}", start, ids, False, entropy))
+            entropy = entropies(lm, [start], [ids], [f"prompt {i}"])[0]
+            responses.append(score.Response(f"prompt {i}", start, ids, False, entropy))
             label = f"{when} PPO, gold {world.gold(text).value:+.1f}"
             rows.append({"label": label, "prompt": prompt})
-    scores = evaluate.score_responses(model, responses, batch_size=len(responses))
+    scores = score.score_responses(model, responses, batch_size=len(responses))
     for row, response, scored in zip(rows, responses, scores, strict=True):
-        text, spans = evaluate.pieces(world.tokenizer, response.ids, scored.ends)
+        text, spans = score.pieces(world.tokenizer, response.ids, scored.ends)
         rewards = scored.rewards.tolist()
         row["segments"] = [(text[a:b], r) for (a, b), r in zip(spans, rewards, strict=True)]
         row["score"] = statistics.fmean(rewards)

@@ -1,11 +1,9 @@
-// The CUDA module as csrc/bindings_cuda.cpp makes it, over kernels that run on the host.
+// The CUDA module as csrc/bind/cuda_module.cpp makes it, over kernels that run on the host.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
+#include "bind/bind.h"
 #include "cuda/scratch.h"
-
-void bind_segments(pybind11::module_& m);
-void bind_advantages(pybind11::module_& m);
 
 namespace {
 
@@ -37,6 +35,5 @@ PYBIND11_MODULE(cuda_on_host, m) {
   m.def("order", &cuda_on_host::order);
   m.def("launches", [] { return cuda_on_host::launched.exchange(0); });
   m.def("run_faulty", &run_faulty);
-  bind_segments(m);
-  bind_advantages(m);
+  bind_sequence_ops(m);
 }

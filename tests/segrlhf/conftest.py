@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from families import small_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from segrlhf.data.tokenize import tokenize_pairs
+from segrlhf.entropy_cache import build_entropy_cache
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n"
@@ -108,6 +118,25 @@ def tiny_lm_dir(tiny_lm, tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def family_dir(tmp_path_factory):
+    """Directory of a small causal LM of a family, made once."""
+    made = {}
+
+    def directory(family: str):
+        if family not in made:
+            torch.manual_seed(0)
+            path = tmp_path_factory.mktemp(family)
+            model = AutoModelForCausalLM.from_config(small_config(family)).eval()
+            with torch.no_grad():
+                model.get_output_embeddings().weight *= 10.0
+            model.save_pretrained(path)
+            made[family] = path
+        return made[family]
+
+    return directory
+
+
+@pytest.fixture(scope="session")
 def pair_rows() -> list[dict[str, str]]:
     """24 preference rows on 8 prompts; the chosen one is polite."""
     things = ["tea", "milk", "rain", "snow", "a cat", "a dog", "the sea", "jam"]
@@ -121,6 +150,26 @@ def pair_rows() -> list[dict[str, str]]:
         for thing in things
         for k in range(3)
     ]
+
+
+@pytest.fixture(scope="session")
+def pairs(pair_rows, tokenizer):
+    """``pair_rows`` as token ids."""
+    return tokenize_pairs(
+        Dataset.from_list(pair_rows), tokenizer, max_length=48, max_prompt_length=40
+    )[0]
+
+
+@pytest.fixture
+def build_cache(tiny_lm_dir, tokenizer, pairs, tmp_path):
+    """Builds an entropy cache of ``pairs`` under the tiny LM."""
+
+    def build(rows=pairs, model=tiny_lm_dir, **options):
+        return build_entropy_cache(
+            str(model), tokenizer, rows, cache_dir=tmp_path / "cache", **options
+        )
+
+    return build
 
 
 @pytest.fixture(scope="session")

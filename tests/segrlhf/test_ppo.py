@@ -20,13 +20,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from segkernels import LocationNormalizer, segment_scores
-from segrlhf import modeling, ppo, presets
+from segrlhf import presets
 from segrlhf.configs import DataConfig, ModelConfig
 from segrlhf.errors import NonFiniteError, UserError
-from segrlhf.files import last_checkpoint
-from segrlhf.modeling import SegmentRewardModel
-from segrlhf.ppo import PPOConfig, PPOTrainer, build_normalizer, run
-from segrlhf.rollout import Rollout
+from segrlhf.models import lm_head
+from segrlhf.models.lm_head import token_stats
+from segrlhf.models.reward_model import SegmentRewardModel
+from segrlhf.ppo import trainer as ppo
+from segrlhf.ppo.config import PPOConfig
+from segrlhf.ppo.experience import build_normalizer
+from segrlhf.ppo.rollout import Rollout
+from segrlhf.ppo.run import run
+from segrlhf.ppo.trainer import PPOTrainer
+from segrlhf.runtime.checkpoints import last_checkpoint
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstu"]
 PROMPTS = ["a b c", "d", "e f", "g h i j", "k l", "m"]
@@ -191,7 +197,7 @@ def test_micro_batches_do_not_matter(lm, rm, tmp_path, aggregation):
 class _Waits(TorchDispatchMode):
     """Counts the calls of segrlhf's own lines that would make the host wait for a GPU."""
 
-    HOME = str(Path(ppo.__file__).parent)
+    HOME = str(Path(presets.__file__).parent)
     # The last makes a tensor of a number, which would have to be copied to the device.
     WAITS = ("nonzero", "masked_select", "_local_scalar_dense", "equal", "lift_fresh")
 
@@ -216,7 +222,7 @@ class _Waits(TorchDispatchMode):
 
 
 def test_micro_batches_do_not_wait_for_the_device(lm, rm, tmp_path, monkeypatch):
-    monkeypatch.setattr(modeling, "values_may_be_checked", lambda _: False)  # as on a GPU
+    monkeypatch.setattr(lm_head, "values_may_be_checked", lambda _: False)  # as on a GPU
     waits = {}
     for rows_each in (1, 4):
         trainer = make_trainer(
@@ -243,11 +249,11 @@ def test_the_reference_policy_reads_a_text_once(lm, rm, tmp_path):
     passes = []
     trainer.ref_policy.base_model.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
-        modeling.token_stats(trainer.ref_policy, *tokens)  # which has tried the head out
+        token_stats(trainer.ref_policy, *tokens)  # which has tried the head out
         passes.clear()
         read = trainer._read_rows(*tokens)
         assert len(passes) == 1
-        sampled, whole = (modeling.token_stats(trainer.ref_policy, *tokens, t) for t in (0.7, 1.0))
+        sampled, whole = (token_stats(trainer.ref_policy, *tokens, t) for t in (0.7, 1.0))
     assert torch.equal(read["ref_logprobs"], sampled[0])
     assert torch.equal(read["entropy"], whole[1])
     assert not torch.equal(whole[1], sampled[1])

@@ -5,8 +5,8 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from segrlhf.errors import NonFiniteError, UserError
-from segrlhf.modeling import token_stats
-from segrlhf.rollout import RowSampler, distinct_bigrams, eos_ids, generate, row_uniforms
+from segrlhf.models.lm_head import token_stats
+from segrlhf.ppo.rollout import RowSampler, distinct_bigrams, eos_ids, generate, row_uniforms
 
 VOCAB, EOS, TURN_END = 13, 2, 5
 

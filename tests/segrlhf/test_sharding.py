@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from segkernels import segment_bradley_terry
-from segrlhf.modeling import SegmentRewardModel
+from segrlhf.models.reward_model import SegmentRewardModel
 
 
 def gradients_of(model):

@@ -24,21 +24,21 @@ struct VocabRows {
   double temperature;
 };
 
-// What is known of a row after some of its columns. With d = (logit - max) / temperature:
-// sum of exp(d), sum of exp(d) d, and the target's logit.
+// Running statistics of a row over the columns seen so far, with the shift
+// d = (logit - max) / temperature.
 struct RowState {
-  double max;
-  double sum;
-  double weighted;
-  double target;
+  double max;            // largest logit
+  double sum_exp;        // sum of exp(d)
+  double sum_exp_shift;  // sum of exp(d) d
+  double target_logit;
 };
 
 // What the backward pass needs of a row. Not the logsumexp: max + log(sum) rounds away the digits
 // of log(sum) where the logits are far from zero.
 struct RowStats {
   float max;
-  float inverse_sum;  // 0: the row was masked out; NaN: it has no distribution
-  float mean_shift;   // sum of p d
+  float inverse_sum_exp;  // 1 / sum of exp(d); 0: masked out, NaN: the row is no distribution
+  float mean_shift;       // sum of p d
 };
 
 // Takes the columns of `rows` into states [R]; the slice with first = 0 starts them. Rows with

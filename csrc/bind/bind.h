@@ -1,0 +1,65 @@
+// What the bindings share: numbers from Python as what the kernels take. The files of this folder
+// are the only ones that know Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <tuple>
+
+#include "segk/rewards.h"
+#include "segk/rows.h"
+
+// Each binds the ops of one header of include/segk.
+void bind_segments(pybind11::module_& m);
+void bind_bradley_terry(pybind11::module_& m);
+void bind_rewards(pybind11::module_& m);
+void bind_gae(pybind11::module_& m);
+void bind_advantages(pybind11::module_& m);
+void bind_whiten(pybind11::module_& m);
+void bind_ppo_loss(pybind11::module_& m);
+void bind_normalizer(pybind11::module_& m);  // CPU modules only, as the next
+void bind_vocab(pybind11::module_& m);
+
+// The ops that CPUs and GPUs have.
+inline void bind_sequence_ops(pybind11::module_& m) {
+  bind_segments(m);
+  bind_bradley_terry(m);
+  bind_rewards(m);
+  bind_gae(m);
+  bind_advantages(m);
+  bind_whiten(m);
+  bind_ppo_loss(m);
+}
+
+namespace segk {
+
+// segkernels.native.floats: (address, dtype code).
+using FloatsArg = std::tuple<uintptr_t, int>;
+// segkernels.native.rows: (rows, tokens per row of a grid, address of cu_seqlens or 0).
+using RowsArg = std::tuple<int64_t, int64_t, uintptr_t>;
+// (address of the floats that Curve.packed in normalizer.py gives, number of knots); the address is
+// 0 without a normaliser.
+using CurveArg = std::tuple<uintptr_t, int>;
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline Floats floats(FloatsArg arg) {
+  return {at<const void>(std::get<0>(arg)), static_cast<DType>(std::get<1>(arg))};
+}
+
+inline Rows rows_of(RowsArg arg) {
+  return {std::get<0>(arg), std::get<1>(arg), at<const int32_t>(std::get<2>(arg))};
+}
+
+inline Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {
+  const auto* packed = at<const float>(std::get<0>(arg));
+  Curve curve{0, 0, 0, std::get<1>(arg), nullptr};
+  if (packed) curve = {packed[0], packed[1], packed[2], std::get<1>(arg), packed + 3};
+  return {curve, static_cast<Spread>(spread), mean, clip};
+}
+
+}  // namespace segk

@@ -1,0 +1,263 @@
+"""Rows as token ids: preference pairs for reward models, prompts for PPO."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from . import render
+from .render import Renderer, Text, checked_row, split_pair
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class DataReport:
+    """What became of the rows. All but ``truncated`` (kept, response cut) were dropped."""
+
+    n_rows: int = 0
+    n_kept: int = 0
+    prompt_too_long: int = 0
+    no_prompt: int = 0
+    equal: int = 0
+    empty: int = 0
+    malformed: int = 0
+    truncated: int = 0
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+
+    def summary(self) -> str:
+        """One line for a person."""
+        parts = [f"{self.n_rows:,} rows: {self.n_kept:,} kept"]
+        reasons = {
+            f"with a prompt over {self.max_prompt_length} tokens": self.prompt_too_long,
+            "without a prompt token": self.no_prompt,
+            "with chosen equal to rejected": self.equal,
+            "with an empty text": self.empty,
+            "whose answer is not one assistant message": self.malformed,
+        }
+        parts += [f"{count:,} dropped {why}" for why, count in reasons.items() if count]
+        if self.truncated:
+            parts.append(f"{self.truncated:,} kept with a response cut at {self.max_length} tokens")
+        return "; ".join(parts)
+
+
+def tokenize_pairs(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+) -> tuple[Dataset, DataReport]:
+    """Preference rows as token ids.
+
+    Returns the kept rows in their order, with columns ``prompt_ids``, ``chosen_ids``,
+    ``rejected_ids`` (lists of int32), ``chosen_terminated`` and ``rejected_terminated`` (bool: the
+    response ends with its end token, see ``Renderer``), ``margin`` (float, where the rows have one;
+    an absent value is 0), and a report. Prompt and response together take at most ``max_length``
+    tokens: a longer response is cut, loses its end token, and is not terminated. Dropped and
+    counted: a prompt over ``max_prompt_length`` tokens, a prompt that has no token (the first
+    response token would have no distribution), equal responses (as text, or after the cut), an
+    empty response, and an answer that is not a single assistant message.
+
+    Raises UserError for missing columns (naming those there are), for columns of another type, for
+    a margin that is not a finite number, and when no row is left.
+    """
+    if not {"chosen", "rejected"} <= set(dataset.column_names):
+        hint = (
+            "these are prompts, which 'segrlhf ppo' takes"
+            if "prompt" in dataset.column_names
+            else "rename the columns"
+        )
+        raise UserError(
+            "dataset: expected the columns chosen and rejected (and prompt, unless both begin with "
+            f"it), got {', '.join(dataset.column_names)}; {hint}"
+        )
+    _check_limits(max_length=max_length, max_prompt_length=max_prompt_length)
+    renderer = Renderer(tokenizer)
+    has_margin = "margin" in dataset.column_names
+    empty: dict[str, Any] = {f"{part}_ids": [] for part in ("prompt", "chosen", "rejected")}
+    empty |= {f"{side}_terminated": False for side in ("chosen", "rejected")}
+
+    def tokenize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        out = [{"fate": _fate_of_texts(*split_pair(row)), **empty} for row in rows]
+        if has_margin:
+            out = [{**new, "margin": row["margin"]} for new, row in zip(out, rows, strict=True)]
+        usable = [i for i, new in enumerate(out) if new["fate"] == "kept"]
+        texts = [split_pair(rows[i]) for i in usable]
+        encoded = renderer.pairs([(prompt, responses) for prompt, *responses in texts])
+        for i, (prompt_ids, pair) in zip(usable, encoded, strict=True):
+            room = max_length - len(prompt_ids)
+            cut = [ids[: max(room, 0)] for ids in pair]
+            if not prompt_ids:
+                out[i]["fate"] = "no_prompt"
+            elif len(prompt_ids) > max_prompt_length or room <= 0:
+                out[i]["fate"] = "prompt_too_long"
+            elif cut[0] == cut[1]:
+                out[i]["fate"] = "equal"
+            else:
+                out[i] |= {
+                    "prompt_ids": prompt_ids,
+                    "chosen_ids": cut[0],
+                    "rejected_ids": cut[1],
+                    "chosen_terminated": len(pair[0]) <= room,
+                    "rejected_terminated": len(pair[1]) <= room,
+                }
+        return out
+
+    from datasets import Value
+
+    columns: dict[str, Any] = _ids_features("prompt_ids", "chosen_ids", "rejected_ids")
+    columns |= {f"{side}_terminated": Value("bool") for side in ("chosen", "rejected")}
+    if has_margin:
+        columns["margin"] = Value("float64")
+    kept, fates = _map(dataset, tokenize, columns, tokenizer, (max_length, max_prompt_length))
+    report = _report(fates, max_length=max_length, max_prompt_length=max_prompt_length)
+    ended = [kept.with_format("numpy")[f"{side}_terminated"][:] for side in ("chosen", "rejected")]
+    report.truncated = sum(not (a and b) for a, b in zip(*ended, strict=True))
+    return kept, report
+
+
+def tokenize_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int
+) -> tuple[Dataset, DataReport]:
+    """Prompts as token ids, from prompt rows or from the prompts of preference rows.
+
+    Returns the kept rows in their order, with columns ``prompt_ids`` (list of int32), ``prompt``
+    (the text as rendered) and ``conversational`` (bool), and a report. Dropped and counted: a
+    prompt over ``max_prompt_length`` tokens, an empty prompt. Raises UserError for missing columns,
+    columns of another type, and when no row is left.
+    """
+    pairs = {"chosen", "rejected"} <= set(dataset.column_names)
+    if "prompt" not in dataset.column_names and not pairs:
+        raise UserError(
+            f"dataset: expected a column prompt, got {', '.join(dataset.column_names)}; "
+            "rename the column that holds the prompts"
+        )
+    _check_limits(max_prompt_length=max_prompt_length)
+    renderer = Renderer(tokenizer)
+
+    def tokenize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        prompts = [(split_pair(row)[0] if pairs else row["prompt"]) or "" for row in rows]
+        out = []
+        for prompt, ids in zip(prompts, renderer.prompt_ids(prompts), strict=True):
+            fate = "kept"
+            if not prompt:
+                fate = "empty"
+            elif not ids:
+                fate = "no_prompt"
+            elif len(ids) > max_prompt_length:
+                fate = "prompt_too_long"
+            out.append(
+                {
+                    "fate": fate,
+                    "prompt_ids": ids,
+                    "prompt": renderer.prompt_text(prompt),
+                    "conversational": isinstance(prompt, list),
+                }
+            )
+        return out
+
+    from datasets import Value
+
+    columns = _ids_features("prompt_ids")
+    columns |= {"prompt": Value("string"), "conversational": Value("bool")}
+    kept, fates = _map(dataset, tokenize, columns, tokenizer, (max_prompt_length,))
+    return kept, _report(fates, max_prompt_length=max_prompt_length)
+
+
+def _ids_features(*names: str) -> dict[str, Any]:
+    from datasets import List, Value
+
+    return {name: List(Value("int32")) for name in names}
+
+
+def _check_limits(**limits: int) -> None:
+    for name, value in limits.items():
+        if value < 1:
+            raise UserError(f"{name}: expected at least 1 token, got {value}")
+
+
+def _fate_of_texts(prompt: Text, chosen: Text, rejected: Text) -> str:
+    if not chosen or not rejected:
+        return "empty"
+    if isinstance(prompt, list):
+        if not prompt:
+            return "no_prompt"
+        answers = []
+        for response in (chosen, rejected):
+            if isinstance(response, str) or [m["role"] for m in response] != ["assistant"]:
+                return "malformed"
+            answers.append(response[0]["content"] or "")
+        chosen, rejected = answers
+    elif isinstance(chosen, list) or isinstance(rejected, list):
+        return "malformed"
+    if not str(chosen).strip() or not str(rejected).strip():
+        return "empty"
+    return "equal" if chosen == rejected else "kept"
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything of a tokenizer that decides about ids: two that agree share it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        # A call with padding or truncation leaves its setting behind; it does not change ids here.
+        parts["padding"] = parts["truncation"] = None
+    else:
+        parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    text = json.dumps([parts, tokenizer.chat_template, special], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _map(
+    dataset: Dataset,
+    function: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    columns: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    options: tuple[int, ...],
+) -> tuple[Dataset, Counter[str]]:
+    """(rows whose fate is "kept", without that column; how many met each fate)."""
+    from datasets import Features, Value
+
+    def on_columns(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        rows = [
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
+        out = function([checked_row(row, i) for row, i in zip(rows, indices, strict=True)])
+        return {name: [new[name] for new in out] for name in out[0]}
+
+    # `datasets` would hash the pickled closure, which a fast tokenizer changes by being used. The
+    # two files that decide about ids stand in the key, so that another version of them never
+    # reads an older result.
+    source = Path(render.__file__).read_bytes() + Path(__file__).read_bytes()
+    key = f"{dataset._fingerprint} {tokenizer_key(tokenizer)} {options} {sorted(columns)}"
+    mapped = dataset.map(
+        on_columns,
+        with_indices=True,
+        batched=True,
+        batch_size=256,
+        remove_columns=dataset.column_names,
+        features=Features({"fate": Value("string"), **columns}),
+        new_fingerprint=hashlib.sha256(key.encode() + source).hexdigest()[:32],
+        desc="tokenizing",
+    )
+    fates = mapped["fate"][:]
+    kept = [i for i, fate in enumerate(fates) if fate == "kept"]
+    return mapped.select(kept).remove_columns("fate"), Counter(fates)
+
+
+def _report(fates: Counter[str], **limits: int) -> DataReport:
+    report = DataReport(n_rows=fates.total(), n_kept=fates.pop("kept", 0), **fates, **limits)
+    if report.n_kept == 0:
+        raise UserError(f"dataset: expected at least one usable row, got {report.summary()}")
+    return report

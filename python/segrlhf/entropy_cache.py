@@ -1,0 +1,332 @@
+"""Entropies of a frozen LM over preference pairs, computed once and kept on disk.
+
+Every response runs through the LM once; training, other thresholds and other epochs read the file
+and need no second model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from .configs import ModelConfig
+from .data.batch import pad_responses
+from .data.tokenize import tokenizer_key
+from .errors import NonFiniteError, UserError
+from .models.lm_head import token_stats
+from .models.loading import load_causal_lm
+from .runtime import files
+from .runtime.distributed import processes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+SIDES = ("chosen", "rejected")
+FORMAT = 1  # part of the key: raise it when what is stored changes meaning
+
+
+def default_cache_dir() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "segrlhf" / "entropy"
+
+
+class EntropyCache:
+    """Entropies of the responses of a pair dataset: one fp32 number, in nats, per response token.
+
+    ``directory`` holds ``meta.json``, ``offsets.npy`` (int64, [2 pairs + 1]) and ``entropy.npy``
+    (fp32, memory-mapped). Response 2i is the chosen one of pair i, response 2i + 1 the rejected
+    one. Number t is the entropy of the distribution that token t was drawn from ("current" in
+    ``segkernels.segment_ends``). NaN means not computed yet, so that a build that was cut off
+    resumes, and several processes fill disjoint responses of one file.
+
+    Raises UserError for a directory that holds no cache.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        try:
+            meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
+            self._offsets = np.load(self.directory / "offsets.npy")
+            self._entropy = np.load(self.directory / "entropy.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"entropy cache: expected meta.json, offsets.npy and entropy.npy in "
+                f"{self.directory}, got {error}; delete the directory and build it again"
+            ) from error
+        self.complete: bool = meta["complete"]
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return (len(self._offsets) - 1) // 2
+
+    def __getitem__(self, pair: int) -> tuple[np.ndarray, np.ndarray]:
+        """(chosen, rejected) entropies of a pair, fp32 [tokens of the response]."""
+        return self.response(2 * pair), self.response(2 * pair + 1)
+
+    def response(self, index: int) -> np.ndarray:
+        return self._entropy[self._offsets[index] : self._offsets[index + 1]]
+
+    def stream(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Responses start..stop as one flat stream: (entropies fp32 [T], cu_seqlens int32)."""
+        offsets = self._offsets[start : stop + 1]
+        entropy = torch.from_numpy(np.array(self._entropy[offsets[0] : offsets[-1]]))
+        return entropy, torch.from_numpy((offsets - offsets[0]).astype(np.int32))
+
+    def missing(self) -> list[int]:
+        """Responses that are not computed, longest first."""
+        todo = [i for i in range(2 * len(self)) if np.isnan(self.response(i)).any()]
+        lengths = np.diff(self._offsets)
+        return sorted(todo, key=lambda i: (-int(lengths[i]), i))
+
+    def finish(self) -> None:
+        """Marks the cache complete.
+
+        Raises NonFiniteError naming the first row that is still not computed.
+        """
+        todo = self.missing()
+        if todo:
+            raise NonFiniteError(
+                f"entropy cache: expected every response, got {len(todo)} without entropies, first "
+                f"{describe(todo[0])}; run the same command again"
+            )
+        files.write_json(self.directory / "meta.json", {"complete": True, "format": FORMAT})
+        self.complete = True
+
+    @staticmethod
+    def create(directory: Path, lengths: np.ndarray) -> None:
+        """Writes an empty cache for responses of these lengths, int [2 pairs]."""
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        with files.whole_dir(directory) as part:
+            np.save(part / "offsets.npy", offsets)
+            entropy = np.lib.format.open_memmap(
+                part / "entropy.npy", mode="w+", dtype=np.float32, shape=(int(offsets[-1]),)
+            )
+            for start in range(0, len(entropy), 1 << 24):
+                entropy[start : start + (1 << 24)] = np.nan
+            entropy.flush()
+            files.write_json(part / "meta.json", {"complete": False, "format": FORMAT})
+
+    @contextmanager
+    def writer(self) -> Iterator[Callable[[int, np.ndarray], None]]:
+        """Yields ``write(response, entropies)``: one write call each, so that a kill leaves a
+        response whole or visibly unfinished."""
+        start = self._entropy.offset
+        with open(self.directory / "entropy.npy", "r+b", buffering=0) as handle:
+
+            def write(index: int, entropy: np.ndarray) -> None:
+                handle.seek(start + 4 * int(self._offsets[index]))
+                handle.write(np.ascontiguousarray(entropy, dtype=np.float32).tobytes())
+
+            yield write
+
+
+def describe(response: int) -> str:
+    """Name of a response of the cache for a person."""
+    return f"row {response // 2} ({SIDES[response % 2]})"
+
+
+def model_fingerprint(name_or_path: str, revision: str = "main") -> str:
+    """Hash of a model's config and of every byte of its weights, without loading it."""
+    directory = Path(name_or_path)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        directory = Path(
+            snapshot_download(name_or_path, revision=revision, allow_patterns=patterns)
+        )
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise UserError(
+            f"entropy model: expected *.safetensors weights, got none in {directory}; save the "
+            "model with save_pretrained"
+        )
+    digest = hashlib.sha256()
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in weights:
+        stat = path.stat()
+        digest.update(path.name.encode())
+        digest.update(_file_digest(path, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest()
+
+
+@functools.cache
+def _file_digest(path: Path, size: int, mtime_ns: int) -> bytes:
+    """Hash of a file's bytes; read once while its size and time stay the same."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 24):
+            digest.update(block)
+    return digest.digest()
+
+
+def _tables(pairs: Dataset) -> Iterator[Any]:
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    yield from pairs.select_columns(columns).with_format("arrow").iter(batch_size=1000)
+
+
+def _lengths(pairs: Dataset) -> np.ndarray:
+    """Tokens of chosen_0, rejected_0, chosen_1, ...; int [2 pairs]."""
+    out = []
+    for table in _tables(pairs):
+        both = [table[f"{s}_ids"].combine_chunks().value_lengths().to_numpy() for s in SIDES]
+        out.append(np.stack(both, axis=1).reshape(-1))
+    return np.concatenate(out)
+
+
+def cache_key(fingerprint: str, tokenizer: Any, pairs: Dataset) -> str:
+    """Hash of the model, the tokenizer with its chat template and every token id of the data."""
+    digest = hashlib.sha256(f"{FORMAT} {fingerprint}".encode())
+    digest.update(tokenizer_key(tokenizer).encode())
+    for table in _tables(pairs):
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            digest.update(column.value_lengths().to_numpy().astype(np.int32).tobytes())
+            digest.update(column.flatten().to_numpy().astype(np.int32).tobytes())
+    return digest.hexdigest()[:32]
+
+
+@contextmanager
+def _building(directory: Path) -> Iterator[None]:
+    """One build at a time; the lock dies with the process that holds it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.with_name(f"{directory.name}.lock"), "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process builds {directory}; waiting for it", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def cache_directory(
+    model_name_or_path: str,
+    tokenizer: Any,
+    pairs: Dataset,
+    *,
+    cache_dir: str | Path | None = None,
+    revision: str = "main",
+) -> Path:
+    """Where the cache of ``pairs`` under this LM stands, whether or not it was built."""
+    key = cache_key(model_fingerprint(model_name_or_path, revision), tokenizer, pairs)
+    return Path(cache_dir or default_cache_dir()) / key
+
+
+def build_entropy_cache(
+    model_name_or_path: str,
+    tokenizer: Any,
+    pairs: Dataset,
+    *,
+    cache_dir: str | Path | None = None,
+    batch_size: int = 16,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> EntropyCache:
+    """The complete cache of ``pairs`` under the frozen LM; computes what is missing.
+
+    ``pairs`` is what ``tokenize_pairs`` gives. The LM runs in the dtype of its checkpoint and
+    is loaded only if something is missing. Under torchrun or accelerate every process must call
+    this; they share the work. Raises NonFiniteError naming the row when an entropy is NaN.
+    """
+    state = processes()
+    found: list[Any] = [None]
+    if state.is_main_process:
+        found[0] = cache_directory(
+            model_name_or_path, tokenizer, pairs, cache_dir=cache_dir, revision=revision
+        )
+    directory = Path(broadcast_object_list(found)[0])
+    lock = _building(directory) if state.is_main_process else nullcontext()
+    with lock:
+        if state.is_main_process and not (directory / "meta.json").is_file():
+            EntropyCache.create(directory, _lengths(pairs))
+        state.wait_for_everyone()
+        cache = EntropyCache(directory)
+        if cache.complete:
+            return cache
+        todo = cache.missing()
+        state.wait_for_everyone()  # nobody writes before everybody has the same list
+        model = load_entropy_model(model_name_or_path, revision, trust_remote_code)
+        batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
+        batches = batches[state.process_index :: state.num_processes]
+        with cache.writer() as write:
+            for batch in tqdm(batches, desc="entropies", disable=not state.is_main_process):
+                rows = [pairs[i // 2] for i in batch]
+                prompts = [row["prompt_ids"] for row in rows]
+                responses = [row[f"{SIDES[i % 2]}_ids"] for i, row in zip(batch, rows, strict=True)]
+                names = [describe(i) for i in batch]
+                computed = entropies(model, prompts, responses, names)
+                for index, values in zip(batch, computed, strict=True):
+                    write(index, values)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            cache.finish()
+        state.wait_for_everyone()
+    return EntropyCache(directory)
+
+
+def load_entropy_model(
+    name_or_path: str, revision: str = "main", trust_remote_code: bool = False
+) -> Any:
+    """A frozen causal LM in the dtype of its checkpoint, on this process's device."""
+    config = ModelConfig(name_or_path, model_revision=revision, trust_remote_code=trust_remote_code)
+    return load_causal_lm(config).to(processes().device).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def entropies(
+    model: Any,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    names: Sequence[str],
+) -> list[np.ndarray]:
+    """Entropies in nats, fp32 [tokens] for each response: one forward of the LM.
+
+    Raises NonFiniteError with the response's name when one is NaN or infinite.
+    """
+    ids, attention, action = pad_responses(prompts, responses, model.device)
+    entropy = token_stats(model, ids, attention, action)[1].float().cpu()
+    out = []
+    for row, mask, name in zip(entropy, action.cpu(), names, strict=True):
+        values = row[mask]
+        bad = (~values.isfinite()).nonzero()
+        if bad.numel():
+            raise NonFiniteError(
+                f"entropy: expected finite numbers, got {float(values[bad[0, 0]])} at token "
+                f"{int(bad[0, 0])} of the response of {name}; the entropy model gives NaN or "
+                "infinite logits there: check its weights and dtype"
+            )
+        out.append(values.numpy())
+    return out
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Rows of ``tokenize_pairs`` with their number as ``row`` and, from a cache,
+    ``chosen_entropy`` and ``rejected_entropy``."""
+
+    def __init__(self, pairs: Dataset, cache: EntropyCache | None = None) -> None:
+        self.pairs, self.cache = pairs, cache
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = {**self.pairs[index], "row": index}
+        if self.cache is not None:
+            row["chosen_entropy"], row["rejected_entropy"] = self.cache[index]
+        return row

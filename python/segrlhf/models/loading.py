@@ -1,0 +1,170 @@
+"""Language models, tokenizers and LoRA adapters, read and checked."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from ..configs import AdaptedModelConfig, ModelConfig
+from ..data.render import check_eos
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_config(
+    name_or_path: str | Path, where: dict[str, Any], trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, **where
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model: expected a directory with config.json or a hub name, got {name_or_path}, "
+            f"which cannot be read: {(str(error).strip().splitlines() or [''])[0]}"
+        ) from error
+    # What is saved again must not point at code that did not come with it.
+    config.__dict__.pop("auto_map", None)
+    return config
+
+
+def weight_files(name_or_path: str | Path, where: dict[str, Any]) -> dict[str, str]:
+    """File of each weight; "" stands for the only file. UserError where none is safetensors."""
+    found = functools.partial(
+        cached_file,
+        str(name_or_path),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=True,
+        **where,
+    )
+    if single := found(SAFE_WEIGHTS_NAME):
+        return {"": single}
+    index = found(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        raise UserError(
+            f"model: expected {SAFE_WEIGHTS_NAME} in {name_or_path}, got none; other weight "
+            "formats can run code when they are read, convert them once with save_pretrained"
+        )
+    return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+
+
+def load_causal_lm(config: ModelConfig, **kwargs: Any) -> PreTrainedModel:
+    """The causal LM that ``config`` names; keyword arguments go to transformers.
+
+    Raises UserError for a name that cannot be read and for weights that are not safetensors.
+    """
+    where = {"revision": config.model_revision}
+    load_config(config.model_name_or_path, where, config.trust_remote_code)
+    weight_files(config.model_name_or_path, where)
+    return AutoModelForCausalLM.from_pretrained(
+        config.model_name_or_path,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
+        **where,
+        **kwargs,
+    )
+
+
+def load_tokenizer(
+    source: ModelConfig | str | Path, chat_template_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model: of a config, or of a directory or hub name.
+
+    A tokenizer without pad token stays as it is: ``data.render.pad_token_id`` pads with EOS, and
+    the attention mask tells padding. Raises UserError for one that cannot be read, one without
+    EOS, and a chat template file that is not there.
+    """
+    if not isinstance(source, ModelConfig):
+        source = ModelConfig(str(source), chat_template_path=chat_template_path)
+    name = source.tokenizer_name_or_path or source.model_name_or_path
+    revision = "main" if source.tokenizer_name_or_path else source.model_revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer: expected a directory or hub name with tokenizer files, got {name}, which "
+            f"cannot be read: {(str(error).strip().splitlines() or [''])[0]}; pass "
+            "--tokenizer_name_or_path"
+        ) from error
+    check_eos(tokenizer)
+    if source.chat_template_path is not None:
+        path = Path(source.chat_template_path)
+        if not path.is_file():
+            raise UserError(f"chat_template_path: expected a jinja file, got {path}")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where the tokenizer has ids that a model of ``vocab_size`` tokens has not."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise UserError(
+            f"tokenizer: expected token ids below {vocab_size}, the model's vocab_size, got "
+            f"{highest}; pass the tokenizer that the model was trained with"
+        )
+
+
+def check_same_tokenizer(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> None:
+    """UserError, naming the first difference, unless both map the same tokens to the same ids.
+
+    The reward model reads the policy's token ids, so that each reward lands on a policy token.
+    """
+    ours, theirs = policy.get_vocab(), reward.get_vocab()
+    if ours == theirs and policy.eos_token_id == reward.eos_token_id:
+        return
+    if len(ours) != len(theirs):
+        what = f"{len(theirs)} tokens instead of {len(ours)}"
+    elif ours != theirs:
+        token = min(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t) == theirs.get(t), t))
+        what = f"{token!r} as id {theirs.get(token)} instead of {ours.get(token)}"
+    else:
+        what = f"EOS {reward.eos_token!r} instead of {policy.eos_token!r}"
+    raise UserError(
+        f"reward model: expected the policy's tokenizer ({policy.name_or_path}), got "
+        f"{reward.name_or_path} with {what}; train the reward model from a model of the policy's "
+        "family, since rewards are read at the policy's own tokens"
+    )
+
+
+def apply_lora(model: PreTrainedModel, config: AdaptedModelConfig, task_type: str) -> nn.Module:
+    """``model`` with LoRA adapters: ``task_type`` CAUSAL_LM, or SEQ_CLS, where ``score`` is trained
+    whole. ``merge_and_unload()`` of the result gives the plain model back for saving."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError(
+            "use_peft: expected the package peft, got none; pip install peft"
+        ) from error
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or "all-linear",
+        exclude_modules=["score"] if task_type == "SEQ_CLS" else None,
+        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        task_type=task_type,
+    )
+    return get_peft_model(model, lora)
+
+
+def is_peft(model: Any) -> bool:
+    return hasattr(model, "merge_and_unload")

@@ -1,0 +1,79 @@
+"""``segrlhf ppo``: loads models and prompts, trains, saves."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..configs import DataConfig, ModelConfig
+from ..data.load import load_split
+from ..data.tokenize import tokenize_prompts
+from ..models.loading import check_same_tokenizer, load_causal_lm, load_tokenizer
+from ..models.reward_model import SegmentRewardModel
+from ..runtime.checkpoints import claim_output_dir
+from .config import PPOConfig
+from .models import starting_value_model
+from .trainer import PPOTrainer
+
+
+def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, Any]:
+    """``segrlhf ppo``: loads everything, trains, saves; returns the last logged metrics."""
+    state = PartialState(cpu=config.use_cpu)
+    if state.is_main_process:
+        claim_output_dir(config.output_dir, resume=config.resumes)
+    say = tqdm.write if state.is_main_process else (lambda _: None)
+
+    tokenizer = load_tokenizer(model)
+    check_same_tokenizer(tokenizer, load_tokenizer(config.reward_model))
+    prompts: dict[str, Any] = {"train": None, "eval": None}
+    for split in ("train", "eval") if config.eval_steps else ("train",):
+        with state.main_process_first():
+            rows = load_split(data, split)
+            if rows is not None:
+                prompts[split], report = tokenize_prompts(
+                    rows, tokenizer, max_prompt_length=config.max_prompt_length
+                )
+                say(f"{split} prompts: {report.summary()}")
+
+    reward_model = SegmentRewardModel.from_pretrained(
+        config.reward_model,
+        config.reward_granularity,
+        config.reward_threshold,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+    )
+    entropy_model = None
+    named = config.entropy_model or reward_model.entropy_model
+    if reward_model.granularity == "segment":
+        if named in (None, "policy") or _same_model(named, model.model_name_or_path):
+            say(f"segments: by the entropy of {model.model_name_or_path}, the reference policy")
+        else:
+            say(f"segments: by the entropy of {named}, which is not the reference policy")
+            check_same_tokenizer(tokenizer, load_tokenizer(named))
+            entropy_model = load_causal_lm(dataclasses.replace(model, model_name_or_path=named))
+    trainer = PPOTrainer(
+        load_causal_lm(dataclasses.replace(model, dtype="float32")),
+        reward_model,
+        tokenizer,
+        prompts["train"],
+        config,
+        eval_prompts=prompts["eval"],
+        value_model=starting_value_model(config, model, reward_model),
+        entropy_model=entropy_model,
+    )
+    history = trainer.train()
+    say(f"policy saved in {config.output_dir}")
+    # end_training joins gloo's threads with the GIL held, while one that is still dropping the last
+    # collective's tensors waits for the GIL; asleep, this thread lets it have it.
+    time.sleep(0.1)
+    trainer.accelerator.end_training()
+    return history[-1]
+
+
+def _same_model(name: str, other: str) -> bool:
+    return name == other or (Path(name).exists() and Path(name).resolve() == Path(other).resolve())

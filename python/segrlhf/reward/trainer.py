@@ -1,0 +1,404 @@
+"""transformers' Trainer for reward models of segments, tokens or whole responses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from segkernels import segment_bradley_terry
+
+from ..data.batch import PairCollator, first_pairs
+from ..data.render import pad_token_id
+from ..errors import NonFiniteError
+from ..models.loading import is_peft
+from ..runtime import files
+from ..runtime.checkpoints import COMPLETE, last_checkpoint, mark_complete, saving
+from ..runtime.interrupt import ctrl_c
+from .config import RewardConfig
+
+RUN_FILE = "reward_run.json"  # beside the final model: how its data was tokenized and scored
+
+
+class _Collator(PairCollator):
+    """Adds ``rows`` int64 [B], the numbers of the pairs in their dataset."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {**super().__call__(rows), "rows": torch.tensor([row["row"] for row in rows])}
+
+
+class _Shuffle(torch.utils.data.Sampler[int]):
+    """A permutation per epoch that depends on seed and epoch only, so that a resumed run and any
+    number of processes see the same order."""
+
+    def __init__(self, trainer: SegmentRewardTrainer, length: int) -> None:
+        self.trainer, self.length = trainer, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        args = self.trainer.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        epoch = int(self.trainer.state.epoch or 0)
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        yield from torch.randperm(self.length, generator=generator).tolist()
+
+
+class _Guard(TrainerCallback):
+    """Stops before bad gradients reach the weights, and at the end of a step after Ctrl-C."""
+
+    def __init__(self, trainer: SegmentRewardTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.check_gradients()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.any_process(self.trainer.stop_requested):
+            self.trainer.stop_requested = True
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class SegmentRewardTrainer(Trainer):
+    """transformers.Trainer for a ``SegmentRewardModel`` on tokenized pairs.
+
+    ``train_dataset`` and ``eval_dataset`` are ``entropy_cache.Pairs``: what
+    ``tokenize_pairs`` gives, with an entropy cache where the granularity is "segment". One forward
+    takes chosen and rejected rows together; the loss is ``segkernels.segment_bradley_terry``. A
+    batch counts pairs. Losses and metrics are means over pairs, exact across micro-batches,
+    processes and a last partial batch.
+
+    Logged beside Trainer's own: accuracy, margin, mean_reward, min_reward, max_reward (of response
+    scores), segments/per_response, segments/tokens_per_segment; ``eval_`` versions of all of them
+    and eval_longer_wins, the accuracy of "the longer response wins" on the same pairs (ties half).
+
+    Raises NonFiniteError, naming step and rows, before a NaN or infinite loss or gradient can
+    reach the weights; KeyboardInterrupt after Ctrl-C, with a checkpoint of the step just finished.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: RewardConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            data_collator=_Collator(pad_token_id(processing_class)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            compute_metrics=self._eval_metrics,
+            **kwargs,
+        )
+        # get_batch_samples counts pairs, compute_loss divides by them: Trainer must not divide.
+        self.model_accepts_loss_kwargs = True
+        self.stop_requested = False
+        # Under peft and every wrapper, for what its config says.
+        self.reward_model = model.get_base_model() if is_peft(model) else model
+        self._rows: list[int] = []  # dataset rows of the current step on this process
+        self._window: list[list[float]] = []  # what _record saw since the last log
+        self.add_callback(_Guard(self))
+
+    # Batches
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        return _Shuffle(
+            self, len(train_dataset if train_dataset is not None else self.train_dataset)
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step and the number of pairs in them over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            batch["pairs"] = len(batch["input_ids"]) // 2
+        world = self.args.world_size
+        if batches and world > 1 and self.accelerator.gradient_state.end_of_dataloader:
+            # accelerate completes the last batch with rows of the first; they must not count twice.
+            size = self._train_batch_size
+            left = len(self.train_dataset) % (size * world)
+            if left:
+                mine = min(max(left - self.args.process_index * size, 0), size)
+                batches[-1] = first_pairs(batches[-1], max(mine, 1))
+                batches[-1]["pairs"] = mine
+        self._rows = [row for batch in batches for row in batch["rows"].tolist()]
+        counted = torch.tensor(sum(b["pairs"] for b in batches), dtype=torch.float32, device=device)
+        return batches, self.accelerator.reduce(counted, "sum")
+
+    # Loss
+
+    def _forward(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
+        rewards = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        mask = inputs["action_mask"]
+        ends = self.reward_model.segment_ends(inputs.get("entropy"), mask, inputs["terminated"])
+        result = segment_bradley_terry(
+            rewards,
+            ends,
+            mask,
+            reduction=self.args.score_reduction,
+            margin=inputs.get("margin"),
+            label_smoothing=self.args.label_smoothing_factor,
+            center_coef=self.args.center_rewards_coefficient or 0.0,
+        )
+        return result, ends, mask
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result, ends, mask = self._forward(model, inputs)
+        self._check_loss(result, inputs)
+        pairs = inputs["pairs"]
+        if pairs:
+            self._record(result, ends, mask, pairs)
+        # Gradients are averaged over processes, so this factor makes a mean over all their pairs.
+        loss = result.loss * (pairs * self.args.world_size / num_items_in_batch)
+        return (loss, result) if return_outputs else loss
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any process; all must call it."""
+        if self.args.world_size == 1:
+            return flag
+        count = torch.tensor(float(flag), device=self.args.device)
+        return bool(self.accelerator.reduce(count, "sum") > 0)
+
+    def _check_loss(self, result: Any, inputs: dict[str, Any]) -> None:
+        # An infinite chosen score has a finite loss, 0.
+        finite = result.scores.detach().isfinite().view(2, -1).all(0)
+        if not self.any_process(not bool(result.loss.isfinite() & finite.all())):
+            return
+        if inputs.get("margin") is not None:
+            finite = finite & inputs["margin"].isfinite()
+        rows = inputs["rows"].tolist()
+        bad = [row for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
+        if not bad and not bool(result.loss.isfinite()):
+            bad = rows
+        self._stop_non_finite("loss", bad)
+
+    def check_gradients(self) -> None:
+        """Raises NonFiniteError for a NaN or infinite gradient, before the optimizer uses it."""
+        if self.accelerator.scaler is not None or self.is_deepspeed_enabled:
+            return  # their loss scalers meet infinities by design, and skip the step themselves
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.any_process(not bool(norm.isfinite())):
+            self._stop_non_finite("gradient norm", self._rows)
+
+    def _stop_non_finite(self, what: str, rows: list[int]) -> None:
+        rows = sorted(set(gather_object(rows)))
+        prompt = self.processing_class.decode(self.train_dataset[rows[0]]["prompt_ids"])[-60:]
+        step = self.state.global_step
+        if step == 0:
+            saved = "no step was taken, so there is nothing to save"
+        else:
+            folder = self._checkpoint_folder()
+            if not (folder / COMPLETE).is_file():
+                self._save_checkpoint(self.model_wrapped, None)
+            saved = f"the last good weights are in {folder}"
+        raise NonFiniteError(
+            f"{what}: expected a finite number, got NaN or infinity at step {step + 1}, rows "
+            f"{_some(rows)} of the training pairs (the first has the prompt {prompt!r}); {saved}. "
+            "Look at those rows, lower --learning_rate, or train in float32 or bf16"
+        )
+
+    # Metrics
+
+    def _record(self, result: Any, ends: Tensor, mask: Tensor, pairs: int) -> None:
+        scores = result.scores.detach().double()
+        self._window.append(
+            [
+                pairs,
+                float(result.accuracy) * pairs,
+                float((scores[:pairs] - scores[pairs:]).sum()),
+                float(scores.sum()),
+                int(ends.sum()),
+                int(_tokens_in_segments(ends, mask).sum()),
+                float(scores.min()),
+                float(scores.max()),
+            ]
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._drain()}
+        super().log(logs, start_time)
+
+    def _drain(self) -> dict[str, float]:
+        """Means since the last log over all pairs of all processes."""
+        window = np.array(gather_object(self._window))
+        self._window = []
+        pairs, accuracy, margin, score, segments, tokens = window[:, :6].sum(0).tolist()
+        return {
+            "accuracy": accuracy / pairs,
+            "margin": margin / pairs,
+            "mean_reward": score / (2 * pairs),
+            "min_reward": float(window[:, 6].min()),
+            "max_reward": float(window[:, 7].max()),
+            "segments/per_response": segments / (2 * pairs),
+            "segments/tokens_per_segment": tokens / segments,
+        }
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            result, ends, mask = self._forward(model, inputs)
+        self._check_scores(result.scores, inputs["rows"])
+        chosen, rejected = result.scores.view(2, -1)
+        margin = inputs.get("margin")
+        lengths = mask.sum(1).view(2, -1)
+        longer = (lengths[0] > lengths[1]) + 0.5 * (lengths[0] == lengths[1])
+        table = torch.stack(
+            [
+                chosen,
+                rejected,
+                torch.zeros_like(chosen) if margin is None else margin,
+                ends.sum(1).view(2, -1).sum(0),
+                _tokens_in_segments(ends, mask).view(2, -1).sum(0),
+                longer,
+            ],
+            dim=1,
+        )
+        return None, table, inputs["rows"]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self.is_world_process_zero():
+            accuracy, longer = (metrics[f"{prefix}_{name}"] for name in ("accuracy", "longer_wins"))
+            tqdm.write(
+                f"{prefix} accuracy {accuracy:.3f}; 'the longer response wins' is right for "
+                f"{longer:.3f} of the same pairs"
+            )
+        return metrics
+
+    def _check_scores(self, scores: Tensor, rows: Tensor) -> None:
+        finite = scores.isfinite().view(2, -1).all(0)
+        if not bool(finite.all()):
+            raise NonFiniteError(
+                f"reward: expected finite scores, got NaN or infinity for rows "
+                f"{_some(rows[~finite].tolist())} of the evaluation pairs"
+            )
+
+    def _eval_metrics(self, prediction: Any) -> dict[str, float]:
+        table = torch.from_numpy(np.asarray(prediction.predictions)).double()
+        chosen, rejected, margin, segments, tokens, longer = table.unbind(1)
+        scores = torch.cat([chosen, rejected])
+        # One segment of one token per response: the loss of the whole set in one call.
+        result = segment_bradley_terry(
+            scores[:, None],
+            torch.ones(len(scores), 1, dtype=torch.bool),
+            margin=margin,
+            label_smoothing=self.args.label_smoothing_factor,
+            center_coef=self.args.center_rewards_coefficient or 0.0,
+        )
+        return {
+            "loss": float(result.loss),
+            "accuracy": float(result.accuracy),
+            "longer_wins": float(longer.mean()),
+            "margin": float((chosen - rejected).mean()),
+            "mean_reward": float(scores.mean()),
+            "min_reward": float(scores.min()),
+            "max_reward": float(scores.max()),
+            "segments/per_response": float(segments.mean() / 2),
+            "segments/tokens_per_segment": float(tokens.sum() / segments.sum()),
+        }
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As Trainer.train; the first Ctrl-C ends it after the current step, with a checkpoint.
+
+        Raises KeyboardInterrupt then; its message says how to go on.
+        """
+        try:
+            with ctrl_c(self):
+                output = super().train(resume_from_checkpoint, **kwargs)
+        except KeyboardInterrupt as stop:
+            last = last_checkpoint(self.args.output_dir)
+            raise KeyboardInterrupt(
+                f"stopped inside step {self.state.global_step + 1}; newest complete checkpoint: "
+                f"{last or 'none'}; go on with --resume_from_checkpoint true"
+            ) from stop
+        if self.stop_requested and self.state.global_step < self.state.max_steps:
+            raise KeyboardInterrupt(
+                f"stopped after step {self.state.global_step}; saved {self._checkpoint_folder()}; "
+                "go on with --resume_from_checkpoint true"
+            )
+        return output
+
+    def _checkpoint_folder(self) -> Path:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        return Path(self._get_output_dir(None)) / name
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, limit = self._checkpoint_folder(), self.args.save_total_limit
+        aside = folder.with_name(f".{folder.name}.old")
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+        self.accelerator.wait_for_everyone()
+        self.args.save_total_limit = None  # older checkpoints go only once this one is complete
+        try:
+            with saving(folder.name, folder.parent):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    mark_complete(folder, self.state.global_step)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+                if aside.exists():
+                    os.replace(aside, folder)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            rotate_checkpoints(
+                str(folder.parent), limit, best_model_checkpoint=self.state.best_model_checkpoint
+            )
+
+    def save_final(self, output_dir: str | Path, run: dict[str, Any]) -> None:
+        """Writes the reward model (LoRA merged), the tokenizer and ``run`` into ``output_dir``.
+
+        All processes must call it. What stands there is replaced file by file, after everything is
+        written.
+        """
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        if is_peft(model):
+            model, state = model.merge_and_unload(), None
+        with saving("the final model", output_dir), files.files_into(output_dir) as part:
+            model.save_pretrained(part, state_dict=state)
+            self.processing_class.save_pretrained(part)
+            files.write_json(part / RUN_FILE, run)
+
+
+def _tokens_in_segments(ends: Tensor, mask: Tensor) -> Tensor:
+    """[rows] action tokens at or before the last end of a row."""
+    return (ends.flip(1).cumsum(1).flip(1).gt(0) & mask).sum(1)
+
+
+def _some(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:10]))
+    return f"{shown}, ... ({len(rows)} in all)" if len(rows) > 10 else shown

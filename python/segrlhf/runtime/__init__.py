@@ -1,0 +1,1 @@
+"""What both trainings stand on: files, checkpoints, processes, interrupts."""

@@ -1,0 +1,350 @@
+"""Scores responses with a reward model, segment by segment: ``segrlhf score``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from segkernels import segment_positions, segment_scores
+
+from . import report
+from .configs import DataConfig
+from .data.batch import pad_responses
+from .data.load import load_rows
+from .data.render import Renderer, split_pair
+from .entropy_cache import SIDES, entropies, load_entropy_model
+from .errors import NonFiniteError, UserError
+from .models.loading import load_tokenizer
+from .models.reward_model import SegmentRewardModel
+from .reward.run import trained_with
+from .runtime import files
+from .runtime.distributed import processes, say
+
+
+@dataclass
+class RewardModelConfig:
+    """What ``fit-normalizer`` and ``score`` say about the reward model and its entropies."""
+
+    reward_model: str = field(metadata={"help": "Reward model: a directory, or a hub name."})
+    granularity: Literal["segment", "token", "bandit"] | None = field(
+        default=None, metadata={"help": "Only for a checkpoint that does not say."}
+    )
+    entropy_threshold: float | None = field(
+        default=None, metadata={"help": "Nats; only for a checkpoint that does not say."}
+    )
+    entropy_model: str | None = field(
+        default=None, metadata={"help": "Frozen LM; default: the one of the reward model's config."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Weights of the reward model: auto, float32, bfloat16 or float16."},
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of prompt and response; default: as in training."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of the prompt; default: as in training."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Responses in one forward."})
+
+
+@dataclass
+class ScoreConfig(RewardModelConfig):
+    """Arguments of ``segrlhf score``."""
+
+    output: str = field(
+        default="scores.jsonl",
+        metadata={"help": "A .jsonl file, or .html for responses coloured by segment reward."},
+    )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The segments of one response."""
+
+    ends: np.ndarray  # [K] int, response token at which each ends
+    rewards: np.ndarray  # [K] fp32
+    positions: np.ndarray  # [K] fp64, (k + 1) / K
+
+
+@dataclass
+class Response:
+    """A response to score. ``entropy`` fp32 [tokens] is read for segments only."""
+
+    name: str  # for messages
+    prompt_ids: list[int]
+    ids: list[int]
+    terminated: bool
+    entropy: np.ndarray | None = None
+
+
+def load_reward_model(config: RewardModelConfig) -> SegmentRewardModel:
+    """The frozen reward model on this process's device; UserError for a granularity that is not
+    its own."""
+    model = SegmentRewardModel.from_pretrained(
+        config.reward_model, config.granularity, config.entropy_threshold, dtype=config.dtype
+    )
+    model.granularity  # noqa: B018 - raises where nobody says
+    return model.to(processes().device).eval().requires_grad_(False)
+
+
+def entropy_model_name(model: SegmentRewardModel, config: RewardModelConfig) -> str:
+    """Name of the LM that divides text for a segment model; UserError where none is known."""
+    name = config.entropy_model or model.entropy_model
+    if name is None:
+        raise UserError(
+            f"entropy_model: expected the frozen LM whose entropies divide text into segments, got "
+            f"none in the config of {config.reward_model}; pass --entropy_model"
+        )
+    return name
+
+
+def limits(config: RewardModelConfig) -> tuple[int, int]:
+    """(max_length, max_prompt_length): as given, else as in the reward model's training."""
+    known = trained_with(config.reward_model)
+    return (
+        config.max_length or known["max_length"],
+        config.max_prompt_length or known["max_prompt_length"],
+    )
+
+
+@torch.inference_mode()
+def score_responses(
+    model: SegmentRewardModel, responses: Sequence[Response], batch_size: int
+) -> list[Scored]:
+    """The segments of each response, in order; a forward takes ``batch_size`` of similar length.
+
+    Under torchrun or accelerate the processes share the work and each returns everything. Raises
+    NonFiniteError naming the first response with a NaN or infinite segment reward.
+    """
+    state = processes()
+    order = sorted(
+        range(len(responses)), key=lambda i: -len(responses[i].prompt_ids) - len(responses[i].ids)
+    )
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = batches[state.process_index :: state.num_processes]
+    found: list[tuple[int, Scored]] = []
+    for batch in tqdm(batches, desc="rewards", disable=not state.is_main_process):
+        rows = [responses[i] for i in batch]
+        ids, attention, mask = pad_responses(
+            [row.prompt_ids for row in rows], [row.ids for row in rows], model.device
+        )
+        rewards = model(input_ids=ids, attention_mask=attention)
+        terminated = torch.tensor([row.terminated for row in rows], device=model.device)
+        ends = model.segment_ends(_entropy(rows, mask), mask, terminated)
+        for k, (index, row) in enumerate(zip(batch, rows, strict=True)):
+            one = slice(k, k + 1)
+            at_ends = rewards[one][ends[one]].cpu()
+            bad = (~at_ends.isfinite()).nonzero()
+            if bad.numel():
+                raise NonFiniteError(
+                    f"reward: expected finite numbers, got {float(at_ends[bad[0, 0]])} at segment "
+                    f"{int(bad[0, 0])} of {row.name}; the reward model's weights or that row are "
+                    "at fault"
+                )
+            positions = segment_positions(ends[one], mask[one]).cpu().numpy()
+            tokens = ends[k][mask[k]].nonzero().squeeze(1).cpu().numpy()
+            found.append((index, Scored(tokens, at_ends.numpy(), positions)))
+    return [scored for _, scored in sorted(gather_object(found), key=lambda item: item[0])]
+
+
+def _entropy(rows: Sequence[Response], mask: Tensor) -> Tensor | None:
+    if rows[0].entropy is None:
+        return None
+    entropy = torch.zeros(mask.shape, device=mask.device)
+    entropy[mask] = torch.from_numpy(np.concatenate([row.entropy for row in rows])).to(mask.device)
+    return entropy
+
+
+@dataclass
+class _Rows:
+    """Responses read from a dataset, and what belongs to each."""
+
+    responses: list[Response]
+    notes: list[dict[str, Any]]  # id, prompt, label
+    skipped: int
+
+
+def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) -> _Rows:
+    columns = set(rows.column_names)
+    pairs = {"chosen", "rejected"} <= columns
+    if not pairs and not {"prompt", "response"} <= columns:
+        raise UserError(
+            "dataset: expected the columns prompt and response, or chosen and rejected, got "
+            f"{', '.join(rows.column_names)}; rename the columns"
+        )
+    renderer = Renderer(tokenizer)
+    out = _Rows([], [], 0)
+    for number, row in enumerate(rows):
+        if pairs:
+            prompt, *texts = split_pair(row)
+        else:
+            prompt, texts = row["prompt"], [row["response"]]
+        if not all(texts):
+            out.skipped += 1
+            continue
+        prompt_ids, ids = renderer.pair(prompt, texts)
+        room = max_length - len(prompt_ids)
+        if not prompt_ids or len(prompt_ids) > max_prompt_length or room <= 0:
+            out.skipped += 1
+            continue
+        for label, response in zip(SIDES if pairs else (None,), ids, strict=True):
+            name = f"row {number}" + (f" ({label})" if label else "")
+            kept = response[:room]
+            out.responses.append(Response(name, prompt_ids, kept, len(kept) == len(response)))
+            out.notes.append(
+                {
+                    "id": row.get("id", number),
+                    "prompt": renderer.prompt_text(prompt),
+                    "label": label,
+                }
+            )
+    if not out.responses:
+        raise UserError(
+            f"dataset: expected at least one usable row, got {out.skipped} with an empty response "
+            f"or a prompt that is empty or over {max_prompt_length} tokens"
+        )
+    return out
+
+
+def pieces(tokenizer: Any, ids: list[int], ends: np.ndarray) -> tuple[str, list[tuple[int, int]]]:
+    """(text of a response, characters start..stop of each segment), for ``Scored.ends``."""
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    # Prefixes, because a tokenizer may write a piece differently on its own; one that stops inside
+    # a character shows a mark that the next piece completes.
+    stops = [len(text(ids[: end + 1]).rstrip("\ufffd")) for end in ends.tolist()]
+    return text(ids), list(zip([0, *stops], stops, strict=False))
+
+
+def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
+    """``segrlhf score``: one line of json per response, or one html page.
+
+    Rows are preference rows, or have ``prompt`` and ``response``. A line has id, prompt, response,
+    label (chosen, rejected or null), score (mean or sum of the segment rewards, as in training) and
+    segments, each with text, start and end (characters of the response), reward, and normalized
+    (null without a fitted normaliser). Returns ``{"output", "responses", "skipped"}`` and, for
+    preference rows, ``accuracy`` and ``longer_wins`` (of "the longer response wins", ties half).
+
+    Raises UserError for a granularity that is not the model's, other columns, no usable row, and an
+    output that exists; NonFiniteError naming the row of a non-finite reward.
+    """
+    output = Path(config.output)
+    if output.suffix not in (".jsonl", ".html"):
+        raise UserError(f"output: expected a name ending in .jsonl or .html, got {output}")
+    if output.exists():
+        raise UserError(f"output: expected a new file, got {output}, which exists; choose another")
+    model = load_reward_model(config)
+    tokenizer = load_tokenizer(config.reward_model)
+    split = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_config)
+    if data.max_samples is not None:
+        split = split.select(range(min(data.max_samples, len(split))))
+    rows = _read(split, tokenizer, *limits(config))
+    if model.granularity == "segment":
+        _add_entropies(rows.responses, entropy_model_name(model, config), config.batch_size)
+    scored = score_responses(model, rows.responses, config.batch_size)
+
+    normalizer = model.normalizer
+    reduction = trained_with(config.reward_model)["score_reduction"]
+    lines = []
+    for response, note, one in zip(rows.responses, rows.notes, scored, strict=True):
+        text, spans = pieces(tokenizer, response.ids, one.ends)
+        rewards = torch.from_numpy(one.rewards)
+        positions = torch.from_numpy(one.positions).float()
+        normal = normalizer(rewards, positions).tolist() if normalizer else [None] * len(rewards)
+        score = segment_scores(
+            rewards[None], torch.ones(1, len(rewards), dtype=torch.bool), reduction=reduction
+        )
+        lines.append(
+            {
+                **note,
+                "response": text,
+                "score": float(score),
+                "segments": [
+                    {
+                        "text": text[start:end],
+                        "start": start,
+                        "end": end,
+                        "reward": reward,
+                        "normalized": normalized,
+                    }
+                    for (start, end), reward, normalized in zip(
+                        spans, one.rewards.tolist(), normal, strict=True
+                    )
+                ],
+            }
+        )
+    if processes().is_main_process:
+        if output.suffix == ".html":
+            page = [
+                {
+                    "prompt": line["prompt"],
+                    "segments": [(s["text"], s["reward"]) for s in line["segments"]],
+                    "score": line["score"],
+                    "label": line["label"],
+                }
+                for line in lines
+            ]
+            files.write_text(output, report.responses_html(page, f"Scores of {data.dataset_name}"))
+        else:
+            files.write_text(output, "".join(f"{json.dumps(line)}\n" for line in lines))
+    result: dict[str, Any] = {
+        "output": str(output),
+        "responses": len(lines),
+        "skipped": rows.skipped,
+    }
+    if lines[0]["label"] is not None:
+        result |= _pair_accuracy(
+            np.array([line["score"] for line in lines]),
+            np.array([len(response.ids) for response in rows.responses]),
+        )
+        say(
+            f"accuracy {result['accuracy']:.3f} on {len(lines) // 2} pairs; 'the longer response "
+            f"wins' is right for {result['longer_wins']:.3f} of them"
+        )
+    say(
+        f"{len(lines)} responses scored, {rows.skipped} rows skipped (empty response, or a prompt "
+        f"that is empty or too long): {output}"
+    )
+    return result
+
+
+def _add_entropies(responses: list[Response], name: str, batch_size: int) -> None:
+    """Fills ``entropy`` of every response; the processes share the work."""
+    state = processes()
+    model = load_entropy_model(name)
+    order = sorted(range(len(responses)), key=lambda i: -len(responses[i].ids))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = batches[state.process_index :: state.num_processes]
+    found: list[tuple[int, np.ndarray]] = []
+    for batch in tqdm(batches, desc="entropies", disable=not state.is_main_process):
+        rows = [responses[i] for i in batch]
+        computed = entropies(
+            model, [r.prompt_ids for r in rows], [r.ids for r in rows], [r.name for r in rows]
+        )
+        found += zip(batch, computed, strict=True)
+    for index, entropy in gather_object(found):
+        responses[index].entropy = entropy
+
+
+def _pair_accuracy(scores: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    """Over responses chosen_0, rejected_0, chosen_1, ...; a tie of scores is wrong, of lengths half
+    right."""
+    chosen, rejected = lengths[::2], lengths[1::2]
+    return {
+        "accuracy": float((scores[::2] > scores[1::2]).mean()),
+        "longer_wins": float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean()),
+    }
