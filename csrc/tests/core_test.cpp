@@ -904,8 +904,8 @@ void test_vocab(const VocabCase& c, Random& random) {
     const auto* together = static_cast<const char*>(dlogits.data()) + row * stride * width;
     check(std::memcmp(start, together, static_cast<size_t>(stride * width)) == 0,
           "dlogits of rows that are apart");
-    check(std::memcmp(start + stride * width, untouched.data(),
-                      static_cast<size_t>(gap * width)) == 0,
+    check(std::memcmp(start + stride * width, untouched.data(), static_cast<size_t>(gap * width)) ==
+              0,
           "dlogits: written between the rows");
   }
   if (c.shape.broadcast || c.shape.row_gap || c.shape.group_gap) return;

@@ -54,8 +54,8 @@ void vocab_forward(const VocabRows& rows, const bool* mask, float* logprobs, flo
                    RowStats* stats, int threads);
 
 // dlogits [R, V] of the logits' dtype from dlogprobs [R] and dentropy [R] (either may be null). Its
-// rows start stride elements apart. May be the memory of the logits, if their rows are as far apart.
-// Rows without an upstream gradient are not read and get zeros.
+// rows start stride elements apart. May be the memory of the logits, if their rows are as far
+// apart. Rows without an upstream gradient are not read and get zeros.
 void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* dlogprobs,
                     const float* dentropy, void* dlogits, int64_t stride, int threads);
 
