@@ -46,17 +46,14 @@ class Space:
     dtype: torch.dtype
     total: int  # bytes
     tiling: Tiling
-    processors: int  # of a GPU, 0 for CPUs
+    gpu: torch.device | None  # None computes as CPUs do
 
     @classmethod
     def of(cls, backend: str, workspace: int | None, hidden: Tensor) -> Space:
         total = WORKSPACE[backend] if workspace is None else workspace
         if backend == "native":
-            return cls(torch.float32, total, TILINGS[backend], 0)
-        processors = PROCESSORS
-        if hidden.is_cuda:
-            processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
-        return cls(hidden.dtype, total, TILINGS[backend], processors)
+            return cls(torch.float32, total, TILINGS[backend], None)
+        return cls(hidden.dtype, total, TILINGS[backend], hidden.device)
 
     def beside(self, kept: Tensor) -> Space:
         """What these logits leave of it."""
@@ -68,7 +65,14 @@ class Space:
         On GPUs a multiple of 64, so that every row is aligned for vector loads and for the
         products, whatever the vocabulary; rows shorter than that stay as they are.
         """
-        return columns if not self.processors or columns < 64 else -(-columns // 64) * 64
+        return columns if self.gpu is None or columns < 64 else -(-columns // 64) * 64
+
+    @property
+    def _processors(self) -> int:
+        """Of the GPU, which compute a block of a product each at a time."""
+        if self.gpu is None or self.gpu.type != "cuda":
+            return PROCESSORS
+        return torch.cuda.get_device_properties(self.gpu).multi_processor_count
 
     @property
     def _tile(self) -> int:
@@ -86,7 +90,7 @@ class Space:
         most = max(1, 2 * math.isqrt(self._tile))
         if rows.copies:
             most = min(most, self._panel // (self.dtype.itemsize * rows.hidden.shape[-1]))
-        return even_part(rows.count, most, BLOCK[0] if self.processors else 1)
+        return even_part(rows.count, most, 1 if self.gpu is None else BLOCK[0])
 
     def columns(self, height: int, rows: HiddenRows, weight: Tensor, sums: bool = False) -> int:
         """Columns of such a tile, and of slices of the weight and ``sums`` of its gradient."""
@@ -104,10 +108,13 @@ class Space:
         most = min(most, (self.total - self.total // 16 - copied) // per_column)
         if self.row_stride(vocabulary) <= most:
             return vocabulary
-        # dW has a block for every BLOCK of these columns and of the hidden states: four times as
-        # many as there are processors leave none idle, if the hidden states make four or more.
-        width = self.tiling.columns or BLOCK[1] * self.processors // 4
-        return most // width * width if 0 < width <= most else even_part(vocabulary, most, 128)
+        if self.gpu is None:
+            return even_part(vocabulary, most, 128)
+        # dW has a block for every BLOCK of these columns and of the hidden size. A quarter as many
+        # along the columns as there are processors leave none idle, where a multiple of four is
+        # along the hidden size.
+        width = self.tiling.columns or BLOCK[1] * self._processors // 4
+        return most // width * width if width <= most else even_part(vocabulary, most, 128)
 
     def chunk(self, count: int, least: int, most: int, hidden_size: int) -> int:
         """Rows of a tile of whole rows, ``least`` to ``most``: ``count`` or a share of these.
@@ -115,14 +122,15 @@ class Space:
         On GPUs as many as leave the fewest processors idle while dX is computed, which has few
         blocks: one for every BLOCK of these rows and of the hidden states.
         """
-        if count <= most or not self.processors or most < BLOCK[0]:
+        if count <= most or self.gpu is None or most < BLOCK[0]:
             return even_part(count, most, 128)
         if self.tiling.rows:
             return min(self.tiling.rows, most)
+        processors = self._processors
 
         def busy(rows: int) -> float:
             blocks = rows // BLOCK[0] * -(-hidden_size // BLOCK[1])
-            return blocks / (-(-blocks // self.processors) * self.processors)
+            return blocks / (-(-blocks // processors) * processors)
 
         # Each chunk reads the weight: none is less than half of what could be.
         least = max(least, most // 2, BLOCK[0])
