@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import native
-from ..vocab import Rows
+from ..vocab import Rows, row_stride
 
 
 @dataclass(frozen=True)
@@ -435,7 +435,7 @@ def _slices(rows: Rows, config: Config, dlogits: Tensor | None = None) -> dict[s
     arguments = {"inner": inner, "outer_stride": strides[0], "inner_stride": strides[1]}
     addresses = [rows.logits.data_ptr()]
     if dlogits is not None:
-        arguments["dlogits_stride"] = _row_stride(dlogits)
+        arguments["dlogits_stride"] = row_stride(dlogits)
         strides.append(arguments["dlogits_stride"])
         addresses.append(dlogits.data_ptr())
     aligned = not any(n % 16 for n in (*(stride * size for stride in strides), *addresses))
@@ -449,16 +449,6 @@ def _slices(rows: Rows, config: Config, dlogits: Tensor | None = None) -> dict[s
         "ALIGNED": aligned,
         "EVEN": aligned and vocab * size % 16 == 0,
     }
-
-
-def _row_stride(dlogits: Tensor) -> int:
-    _, outer_stride, stride = Rows(dlogits, None, 1.0).strides
-    if outer_stride:
-        raise ValueError(
-            f"dlogits: expected rows that are equally far apart, got strides {dlogits.stride()} of "
-            f"shape {list(dlogits.shape)}; pass a contiguous tensor or columns of one"
-        )
-    return stride
 
 
 def _spans(rows: Rows, config: Config) -> tuple[int, int]:
