@@ -20,6 +20,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "-U",
+            "SEGK_*",  # options of an earlier build
             "-S",
             str(ROOT),
             "-B",
@@ -31,8 +33,25 @@ class CMakeBuild(build_ext):
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+        compile_ = ["cmake", "--build", str(build), "--parallel", jobs]
+        for module in target.parent.glob("_cuda.*"):
+            module.unlink()  # a failure below must not leave that of an earlier build
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run(compile_, check=True)
+        if subprocess.run([*compile_, "--target", "cuda_if_possible"]).returncode:
+            print(
+                "segkernels: the CUDA kernels could not be compiled, see the errors above; the "
+                "extension is built without them. CMAKE_ARGS=-DSEGK_CUDA=ON makes that an error, "
+                "CMAKE_ARGS=-DSEGK_CUDA=OFF does not try.",
+                file=sys.stderr,
+            )
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        for extension in self.extensions:
+            module = self.get_ext_filename(extension.name)
+            if not Path(self.build_lib, module).exists():
+                (ROOT / module).unlink(missing_ok=True)
 
 
 setup(

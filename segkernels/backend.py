@@ -87,10 +87,7 @@ def _refusal(op: str, name: str, device: torch.device, double: bool) -> str:
             "build it with 'pip install -e .' from the checkout"
         )
     if name == "native" and device.type == "cuda" and native.cuda_extension is None:
-        return (
-            f"the CUDA module of the extension is missing ({native.cuda_missing}); "
-            "build it where nvcc is, with CMAKE_ARGS=-DSEGK_CUDA=ON pip install -e ."
-        )
+        return f"the CUDA module of the extension cannot be used: {native.cuda_missing}"
     if name == "triton" and not TRITON_INSTALLED:
         return "triton is not installed; run 'pip install \"segkernels[gpu]\"'"
     return ""
@@ -172,7 +169,7 @@ def explain(device: str | torch.device = "cpu") -> str:
     else:
         lines.append(f"extension: {native.extension.build_info()}, {native.threads()} threads")
     if native.cuda_extension is None:
-        lines.append(f"CUDA module: missing ({native.cuda_missing})")
+        lines.append(f"CUDA module: cannot be used: {native.cuda_missing}")
     else:
         lines.append(f"CUDA module: {native.cuda_extension.build_info()}")
     triton = importlib.metadata.version("triton") if TRITON_INSTALLED else "not installed"
@@ -183,7 +180,8 @@ def explain(device: str | torch.device = "cpu") -> str:
             if asked:
                 why = "asked for by SEGKERNELS_BACKEND"
             elif chosen == "reference":
-                why = refusal or f"no kernel serves {kind}"
+                # Why the CUDA module cannot be used is said above, once.
+                why = refusal.removesuffix(f": {native.cuda_missing}") or f"no kernel serves {kind}"
             else:
                 why = f"serves {kind}"
         except BackendError as error:

@@ -219,7 +219,7 @@ def _policy_loss_fwd(
         native.ptr(loss),
         native.ptr(row_weights),
         native.ptr(scratch),
-        native.threads_or_stream(logprobs),
+        native.executor(logprobs),
     )
     return loss, row_weights
 
@@ -248,7 +248,7 @@ def _policy_loss_bwd(
         high,
         native.ptr(row_weights),
         native.ptr(dlogprobs),
-        native.threads_or_stream(dloss),
+        native.executor(dloss),
     )
     return dlogprobs
 
@@ -280,7 +280,7 @@ def _value_loss_fwd(
         native.ptr(loss),
         native.ptr(row_weights),
         native.ptr(scratch),
-        native.threads_or_stream(values),
+        native.executor(values),
     )
     return loss, row_weights
 
@@ -307,7 +307,7 @@ def _value_loss_bwd(
         clip,
         native.ptr(row_weights),
         native.ptr(dvalues),
-        native.threads_or_stream(dloss),
+        native.executor(dloss),
     )
     return dvalues
 

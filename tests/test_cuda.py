@@ -1,6 +1,7 @@
 """The CUDA kernels: on the host, where a small stand-in for CUDA runs them, and on a GPU."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import test_advantages
@@ -25,6 +26,7 @@ from segkernels import (
     segment_scores,
     whiten,
 )
+from segkernels.backend import explain
 from segkernels.native.rewards import curve_address
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +97,7 @@ def device(request, monkeypatch):
     device = Device(request.param)
     if device.name == "host":
         monkeypatch.setattr(native, "kernels", lambda tensor: on_host())
-        monkeypatch.setattr(native, "threads_or_stream", lambda tensor: 0)
+        monkeypatch.setattr(native, "executor", lambda tensor: (0, 0))
     else:
         assert native.cuda_extension is not None, native.cuda_missing
     monkeypatch.setattr(native, "empty", device.empty)
@@ -149,6 +151,70 @@ def test_the_stand_in_finds_what_depends_on_the_order():
         last.append(on_host().run_faulty(False))
     on_host().order(0)
     assert last[0] != last[1]
+
+
+# Which device and which driver
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """And create no context elsewhere: one on GPU 0 would take hundreds of MiB in each process."""
+    monkeypatch.setattr(native, "kernels", lambda tensor: on_host())
+    monkeypatch.setattr(native, "executor", lambda tensor: (0, 2))
+    x, mask = torch.rand(4, 100), torch.ones(4, 100, dtype=torch.bool)
+    on_host().forget_contexts()
+    try:
+        for current, contexts in ((2, [2]), (1, [1, 2])):
+            # There is no going back to device 0, which has no context; to device 1 there is.
+            if current == 1:
+                on_host().set_device(1)
+            for op, *args in ((whiten, x, mask), (segment_ends, x, mask, 0.5)):
+                op(*args, backend="native")
+                assert on_host().devices() == (2, current, contexts)
+    finally:
+        on_host().forget_contexts()
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "built_and_served"),
+    [
+        (12080, 13000, ("13.0", "12.8")),
+        (11080, 12040, ("12.4", "11.8")),
+        (13000, 13000, None),
+        (13000, 13010, None),  # minor versions are compatible
+        (13020, 12080, None),
+        (0, 13000, None),  # a machine without GPU
+    ],
+)
+def test_a_driver_that_is_too_old_is_named_once(monkeypatch, driver, runtime, built_and_served):
+    module = SimpleNamespace(
+        cuda_versions=lambda: (driver, runtime), build_info=lambda: "built for x"
+    )
+    monkeypatch.setattr(native, "_load", lambda name: (module, ""))
+    monkeypatch.setattr(torch.version, "hip", None)
+    loaded, why = native._load_cuda()
+    monkeypatch.setattr(native, "cuda_extension", loaded)
+    monkeypatch.setattr(native, "cuda_missing", why)
+    text = explain("cuda")
+    assert (loaded is None) == (built_and_served is not None)
+    if built_and_served:
+        built, served = built_and_served
+        said = (
+            f"CUDA module: cannot be used: built with CUDA {built}, which the NVIDIA driver is too "
+            f"old for, it serves CUDA {served}; install a driver for CUDA {built[:2]}, or build "
+        )
+        assert said in text
+        assert text.count("too old") == 1
+        assert "\ngae                          reference  the CUDA module" in text
+    else:
+        assert "CUDA module: built for x" in text
+
+
+def test_the_module_tells_its_versions():
+    if native.cuda_extension is None:
+        pytest.skip(f"no CUDA module: {native.cuda_missing}")
+    driver, runtime = native.cuda_extension.cuda_versions()
+    assert driver >= 0
+    assert runtime >= 11000
 
 
 # Boundaries
@@ -463,7 +529,7 @@ def test_whiten_says_so_where_there_is_no_variance(device):
 def test_each_op_is_one_launch_each_way(monkeypatch):
     device = Device("host")
     monkeypatch.setattr(native, "kernels", lambda tensor: on_host())
-    monkeypatch.setattr(native, "threads_or_stream", lambda tensor: 0)
+    monkeypatch.setattr(native, "executor", lambda tensor: (0, 0))
     case = CASES["response"]
     flat = {"cu_seqlens": case.cu_seqlens}
     rewards, ends, logprobs, ref_logprobs, values, mask = test_advantages.draw(case)
@@ -500,7 +566,7 @@ def test_too_many_knots():
             mean=False,
             clip=1.0,
             out=native.ptr(x),
-            executor=0,
+            executor=(0, 0),
         )
 
 

@@ -1,9 +1,14 @@
-"""What nvcc made of the CUDA kernels: registers, memory and the width of loads, without a GPU."""
+"""What nvcc made of the CUDA kernels: registers, memory and the width of loads, without a GPU. And
+what the build does where nvcc fails."""
 
+import importlib.machinery
 import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +70,68 @@ def test_tokens_are_loaded_sixteen_bytes_at_a_time():
         elif re.search(r"LDG\.E\.[A-Z.]*128", line):
             wide.add(kernel)
     assert wide == kernels - WITHOUT_FLOATS
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Like cmake, but for the compiling: makes the CPU module, and fails at the CUDA module.
+CMAKE = """#!{python}
+import pathlib, sys
+here = pathlib.Path({here!r})
+for option in sys.argv:
+    name, _, value = option.partition("=")
+    if name == "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY":
+        (here / "output").write_text(value)
+        (here / "cuda").write_text("ON" if "-DSEGK_CUDA=ON" in sys.argv else "AUTO")
+if "--build" in sys.argv:
+    pathlib.Path((here / "output").read_text(), "_native{suffix}").touch()
+    of_cuda = "cuda_if_possible" in sys.argv or (here / "cuda").read_text() == "ON"
+    sys.exit("ptxas error" if of_cuda else 0)
+"""
+
+
+@pytest.mark.parametrize("cuda", ["", "-DSEGK_CUDA=ON"])
+def test_cpu_modules_do_not_depend_on_the_cuda_module(tmp_path, cuda):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    program = tmp_path / "bin" / "cmake"
+    program.parent.mkdir()
+    program.write_text(CMAKE.format(python=sys.executable, here=str(tmp_path), suffix=suffix))
+    program.chmod(0o755)
+    modules = tmp_path / "lib" / "segkernels"
+    modules.mkdir(parents=True)
+    stale = modules / f"_cuda{suffix}"
+    stale.touch()
+    done = subprocess.run(
+        [
+            *(sys.executable, "setup.py", "--quiet", "build_ext"),
+            *("--build-lib", str(modules.parent), "--build-temp", str(tmp_path / "temp")),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "CMAKE_ARGS": cuda},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ptxas error" in done.stderr
+    said = "the CUDA kernels could not be compiled, see the errors above" in done.stderr
+    assert (done.returncode != 0, said) == ((True, False) if cuda else (False, True))
+    assert (modules / f"_native{suffix}").exists()
+    assert not stale.exists(), "a module of an earlier build would be loaded"
+
+
+def test_no_warning_is_an_error_of_a_users_build(tmp_path):
+    pybind11 = importlib.util.find_spec("pybind11").submodule_search_locations[0]
+    command = [
+        *("cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}"),
+        f"-Dpybind11_DIR={pybind11}/share/cmake/pybind11",
+    ]
+    beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        command, env={**os.environ, "PATH": beside}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    if "CUDA kernels: for" in done.stdout:
+        assert {Path(one["file"]).suffix for one in commands} == {".cpp", ".cu"}
+    for one in commands:
+        assert not re.search(r"-Werror|--warning-as-error", one["command"]), one["file"]

@@ -140,7 +140,7 @@ def test_fork_while_the_pool_is_at_work():
             lam=0.95,
             advantages=native.ptr(into[0]),
             returns=native.ptr(into[1]),
-            executor=3,
+            executor=(3, -1),
         )
 
     run(expected)

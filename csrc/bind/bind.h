@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "segk/executor.h"
 #include "segk/rewards.h"
 #include "segk/rows.h"
 
@@ -38,6 +39,8 @@ namespace segk {
 using FloatsArg = std::tuple<uintptr_t, int>;
 // segkernels.native.rows: (rows, tokens per row of a grid, address of cu_seqlens or 0).
 using RowsArg = std::tuple<int64_t, int64_t, uintptr_t>;
+// segkernels.native.executor: (number of threads or address of a cudaStream_t, index of the GPU).
+using ExecutorArg = std::tuple<int64_t, int>;
 // (address of the floats that Curve.packed in normalizer.py gives, number of knots); the address is
 // 0 without a normaliser.
 using CurveArg = std::tuple<uintptr_t, int>;
@@ -54,6 +57,8 @@ inline Floats floats(FloatsArg arg) {
 inline Rows rows_of(RowsArg arg) {
   return {std::get<0>(arg), std::get<1>(arg), at<const int32_t>(std::get<2>(arg))};
 }
+
+inline Executor executor_of(ExecutorArg arg) { return {std::get<0>(arg), std::get<1>(arg)}; }
 
 inline Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {
   const auto* packed = at<const float>(std::get<0>(arg));

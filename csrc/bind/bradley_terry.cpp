@@ -4,11 +4,7 @@
 
 namespace py = pybind11;
 using namespace py::literals;
-using segk::at;
-using segk::floats;
-using segk::FloatsArg;
-using segk::rows_of;
-using segk::RowsArg;
+using namespace segk;
 
 void bind_bradley_terry(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
@@ -16,10 +12,10 @@ void bind_bradley_terry(py::module_& m) {
   m.def(
       "segment_scores_fwd",
       [](FloatsArg rewards, uintptr_t ends, uintptr_t mask, RowsArg rows, bool mean,
-         uintptr_t scores, uintptr_t counts, segk::Executor executor) {
-        return segk::segment_scores_fwd(floats(rewards), at<const bool>(ends), at<const bool>(mask),
-                                        rows_of(rows), mean, at<float>(scores), at<int32_t>(counts),
-                                        executor);
+         uintptr_t scores, uintptr_t counts, ExecutorArg executor) {
+        return segment_scores_fwd(floats(rewards), at<const bool>(ends), at<const bool>(mask),
+                                  rows_of(rows), mean, at<float>(scores), at<int32_t>(counts),
+                                  executor_of(executor));
       },
       no_gil, "rewards"_a, "ends"_a, "mask"_a, "rows"_a, "mean"_a, "scores"_a, "counts"_a,
       "executor"_a);
@@ -27,10 +23,10 @@ void bind_bradley_terry(py::module_& m) {
   m.def(
       "segment_scores_bwd",
       [](uintptr_t dscores, uintptr_t counts, uintptr_t ends, uintptr_t mask, RowsArg rows,
-         bool mean, uintptr_t drewards, segk::Executor executor) {
-        segk::segment_scores_bwd(at<const float>(dscores), at<const int32_t>(counts),
-                                 at<const bool>(ends), at<const bool>(mask), rows_of(rows), mean,
-                                 at<float>(drewards), executor);
+         bool mean, uintptr_t drewards, ExecutorArg executor) {
+        segment_scores_bwd(at<const float>(dscores), at<const int32_t>(counts),
+                           at<const bool>(ends), at<const bool>(mask), rows_of(rows), mean,
+                           at<float>(drewards), executor_of(executor));
       },
       no_gil, "dscores"_a, "counts"_a, "ends"_a, "mask"_a, "rows"_a, "mean"_a, "drewards"_a,
       "executor"_a);
@@ -40,12 +36,12 @@ void bind_bradley_terry(py::module_& m) {
       [](FloatsArg rewards, uintptr_t ends, uintptr_t mask, RowsArg rows, uintptr_t margin,
          bool mean, double smoothing, double center_coef, uintptr_t loss, uintptr_t scores,
          uintptr_t accuracy, uintptr_t counts, uintptr_t score_grads, uintptr_t scratch,
-         segk::Executor executor) {
-        return segk::segment_bradley_terry_fwd(
+         ExecutorArg executor) {
+        return segment_bradley_terry_fwd(
             floats(rewards), at<const bool>(ends), at<const bool>(mask), rows_of(rows),
             at<const float>(margin), {mean, smoothing, center_coef}, at<float>(loss),
             at<float>(scores), at<float>(accuracy), at<int32_t>(counts), at<float>(score_grads),
-            at<void>(scratch), executor);
+            at<void>(scratch), executor_of(executor));
       },
       no_gil, "rewards"_a, "ends"_a, "mask"_a, "rows"_a, "margin"_a, "mean"_a, "smoothing"_a,
       "center_coef"_a, "loss"_a, "scores"_a, "accuracy"_a, "counts"_a, "score_grads"_a, "scratch"_a,
@@ -55,11 +51,11 @@ void bind_bradley_terry(py::module_& m) {
       "segment_bradley_terry_bwd",
       [](uintptr_t dloss, uintptr_t dscores, uintptr_t score_grads, uintptr_t counts,
          uintptr_t ends, uintptr_t mask, RowsArg rows, bool mean, uintptr_t drewards,
-         segk::Executor executor) {
-        segk::segment_bradley_terry_bwd(at<const float>(dloss), at<const float>(dscores),
-                                        at<const float>(score_grads), at<const int32_t>(counts),
-                                        at<const bool>(ends), at<const bool>(mask), rows_of(rows),
-                                        mean, at<float>(drewards), executor);
+         ExecutorArg executor) {
+        segment_bradley_terry_bwd(at<const float>(dloss), at<const float>(dscores),
+                                  at<const float>(score_grads), at<const int32_t>(counts),
+                                  at<const bool>(ends), at<const bool>(mask), rows_of(rows), mean,
+                                  at<float>(drewards), executor_of(executor));
       },
       no_gil, "dloss"_a, "dscores"_a, "score_grads"_a, "counts"_a, "ends"_a, "mask"_a, "rows"_a,
       "mean"_a, "drewards"_a, "executor"_a);

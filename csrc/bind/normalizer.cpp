@@ -4,19 +4,15 @@
 
 namespace py = pybind11;
 using namespace py::literals;
-using segk::at;
-using segk::floats;
-using segk::FloatsArg;
-using segk::rows_of;
-using segk::RowsArg;
+using namespace segk;
 
 void bind_normalizer(py::module_& m) {
   m.def(
       "location_moments",
       [](FloatsArg rewards, uintptr_t ends, uintptr_t mask, RowsArg rows, int64_t bins,
-         uintptr_t moments, segk::Executor executor) {
-        return segk::location_moments(floats(rewards), at<const bool>(ends), at<const bool>(mask),
-                                      rows_of(rows), bins, at<double>(moments), executor);
+         uintptr_t moments, ExecutorArg executor) {
+        return location_moments(floats(rewards), at<const bool>(ends), at<const bool>(mask),
+                                rows_of(rows), bins, at<double>(moments), executor_of(executor));
       },
       py::call_guard<py::gil_scoped_release>(), "rewards"_a, "ends"_a, "mask"_a, "rows"_a, "bins"_a,
       "moments"_a, "executor"_a);

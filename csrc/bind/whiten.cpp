@@ -4,9 +4,7 @@
 
 namespace py = pybind11;
 using namespace py::literals;
-using segk::at;
-using segk::floats;
-using segk::FloatsArg;
+using namespace segk;
 
 void bind_whiten(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
@@ -14,18 +12,18 @@ void bind_whiten(py::module_& m) {
   m.def(
       "moments_fwd",
       [](FloatsArg x, uintptr_t mask, int64_t n, uintptr_t moments, uintptr_t scratch,
-         segk::Executor executor) {
-        segk::moments_fwd(floats(x), at<const bool>(mask), n, at<double>(moments),
-                          at<void>(scratch), executor);
+         ExecutorArg executor) {
+        moments_fwd(floats(x), at<const bool>(mask), n, at<double>(moments), at<void>(scratch),
+                    executor_of(executor));
       },
       no_gil, "x"_a, "mask"_a, "n"_a, "moments"_a, "scratch"_a, "executor"_a);
 
   m.def(
       "whiten_fwd",
       [](FloatsArg x, uintptr_t mask, int64_t n, uintptr_t moments, bool center, uintptr_t out,
-         segk::Executor executor) {
-        segk::whiten_fwd(floats(x), at<const bool>(mask), n, at<const double>(moments), center,
-                         at<float>(out), executor);
+         ExecutorArg executor) {
+        whiten_fwd(floats(x), at<const bool>(mask), n, at<const double>(moments), center,
+                   at<float>(out), executor_of(executor));
       },
       no_gil, "x"_a, "mask"_a, "n"_a, "moments"_a, "center"_a, "out"_a, "executor"_a);
 }

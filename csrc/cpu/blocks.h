@@ -40,7 +40,8 @@ struct Row {
         body(block, (*cuts)[block], (*cuts)[block + 1]);
       }
     };
-    parallel_for(static_cast<int64_t>(cuts->size()) - 1, 1, executor, std::cref(range));
+    parallel_for(static_cast<int64_t>(cuts->size()) - 1, 1, executor.threads_or_stream,
+                 std::cref(range));
   }
 };
 
@@ -93,7 +94,7 @@ void for_each_row(Rows rows, Flags marks, int64_t tokens_per_task, Executor exec
       body(Row{i, begin, end, nullptr, executor});
     }
   };
-  parallel_for(rows.count, grain, executor, std::cref(range));
+  parallel_for(rows.count, grain, executor.threads_or_stream, std::cref(range));
 
   std::vector<int64_t> cuts;
   for (int64_t i = 0; i < rows.count; ++i) {

@@ -56,7 +56,7 @@ int64_t location_moments(Floats rewards, const bool* ends, const bool* mask, Row
                 marks, actions);
           }
         };
-        parallel_for(groups, 1, executor, std::cref(range));
+        parallel_for(groups, 1, executor.threads_or_stream, std::cref(range));
       },
       rewards);
 

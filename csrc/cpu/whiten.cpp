@@ -37,7 +37,8 @@ void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, void*, 
             parts[block] = moments_of_block(values, flags_of(mask), begin, end);
           }
         };
-        parallel_for(blocks, kQuickTokensPerTask / kMomentsBlock, executor, std::cref(range));
+        parallel_for(blocks, kQuickTokensPerTask / kMomentsBlock, executor.threads_or_stream,
+                     std::cref(range));
       },
       x);
   for (int64_t step = 1; step < blocks; step *= 2) {
@@ -60,7 +61,7 @@ void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bo
         const auto range = [&](int64_t first, int64_t last) {
           for (int64_t t = first; t < last; ++t) out[t] = keep(actions[t], whitened(values[t]));
         };
-        parallel_for(n, kQuickTokensPerTask, executor, std::cref(range));
+        parallel_for(n, kQuickTokensPerTask, executor.threads_or_stream, std::cref(range));
       },
       x);
 }

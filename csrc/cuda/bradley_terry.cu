@@ -159,7 +159,7 @@ void segment_bradley_terry_fwd(Floats rewards, const bool* ends, const bool* mas
       static_cast<PairSums*>(scratch),
       std::min(ceil_div(pairs, grid.threads), kParts)};
   launch_cooperative("segment_bradley_terry", bradley_terry_kernel, args, grid.blocks, grid.threads,
-                     loss, executor);
+                     executor);
 }
 
 void segment_bradley_terry_bwd(const float* dloss, const float* dscores, const float* score_grads,

@@ -48,27 +48,40 @@ inline void check(const char* op, cudaError_t status) {
                            "which), or this build has no code for the GPU");
 }
 
-// Makes the device that owns `memory` the current one: the default stream has no device.
+// Whether this process has a context on the GPU, without creating one.
+inline bool has_context(int device) {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  constexpr char name[] = "cuDevicePrimaryCtxGetState";
+#if CUDART_VERSION >= 12050
+  cudaGetDriverEntryPointByVersion(name, &entry, 7000, cudaEnableDefault, &found);
+#else
+  cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &found);
+#endif
+  if (!entry) return false;
+  unsigned flags = 0;
+  int active = 0;
+  const auto get_state = reinterpret_cast<int (*)(int, unsigned*, int*)>(entry);
+  return get_state(device, &flags, &active) == 0 && active != 0;
+}
+
+// Makes a GPU the current one for as long as it exists. Going back to one without a context would
+// create it, some hundred MiB that nobody asked for; then, as in torch, it stays the current one.
 class DeviceGuard {
  public:
-  DeviceGuard(const char* op, const void* memory) {
-    cudaPointerAttributes owner;
-    check(op, cudaPointerGetAttributes(&owner, memory));
+  DeviceGuard(const char* op, int device) : device_(device) {
     check(op, cudaGetDevice(&before_));
-    now_ = owner.device;
-    if (now_ != before_) check(op, cudaSetDevice(now_));
+    if (device_ != before_) check(op, cudaSetDevice(device_));
   }
   ~DeviceGuard() {
-    if (now_ != before_) cudaSetDevice(before_);
+    if (device_ != before_ && has_context(before_)) cudaSetDevice(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
-  int number() const { return now_; }
-
  private:
+  int device_;
   int before_ = 0;
-  int now_ = 0;
 };
 
 template <class Args>
@@ -80,7 +93,7 @@ void start(const char* op, void (*kernel)(Args), Args args, int64_t blocks, int 
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = reinterpret_cast<cudaStream_t>(executor);
+  config.stream = reinterpret_cast<cudaStream_t>(executor.threads_or_stream);
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args);
@@ -90,12 +103,12 @@ void start(const char* op, void (*kernel)(Args), Args args, int64_t blocks, int 
 
 }  // namespace detail
 
-// `out` is memory on the GPU that the kernel runs on; null where there is nothing to write.
+// `out` is null where there is nothing to write.
 template <class Args>
 void launch(const char* op, void (*kernel)(Args), const Args& args, int64_t blocks, int threads,
             const void* out, Executor executor) {
   if (blocks == 0 || !out) return;
-  const detail::DeviceGuard device(op, out);
+  const detail::DeviceGuard guard(op, executor.device);
   detail::start(op, kernel, args, blocks, threads, executor, false);
 }
 
@@ -109,13 +122,13 @@ void launch(const char* op, void (*kernel)(Args), const Args& args, const RowGri
 // many as do, and at most `blocks`. At least one: a sum over nothing has to be written too.
 template <class Args>
 void launch_cooperative(const char* op, void (*kernel)(Args), const Args& args, int64_t blocks,
-                        int threads, const void* out, Executor executor) {
-  const detail::DeviceGuard device(op, out);
+                        int threads, Executor executor) {
+  const detail::DeviceGuard guard(op, executor.device);
   int of_each = 0;
   int processors = 0;
   detail::check(op, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, threads, 0));
   detail::check(
-      op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device.number()));
+      op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, executor.device));
   const int64_t fit = int64_t{of_each} * processors;
   detail::start(op, kernel, args, std::max<int64_t>(std::min(blocks, fit), 1), threads, executor,
                 true);

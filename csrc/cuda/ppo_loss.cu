@@ -134,7 +134,7 @@ void loss_fwd(const char* op, Term term, Floats x, Floats old, Floats target, co
                             parts,
                             grid.blocks,
                             grid.rows_per_block};
-  launch_cooperative(op, loss_kernel<Term>, args, parts, grid.threads, loss, executor);
+  launch_cooperative(op, loss_kernel<Term>, args, parts, grid.threads, executor);
 }
 
 template <class Term>

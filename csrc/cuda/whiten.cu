@@ -85,7 +85,7 @@ void moments_fwd(Floats x, const bool* mask, int64_t n, double* moments, void* s
   constexpr int kThreads = 256;
   const int64_t parts = std::min(ceil_div(n, int64_t{kThreads} * kItems), kParts);
   const MomentsArgs args{x, mask, n, static_cast<Moments*>(scratch), parts, moments};
-  launch_cooperative("moments", moments_kernel, args, parts, kThreads, moments, executor);
+  launch_cooperative("moments", moments_kernel, args, parts, kThreads, executor);
 }
 
 void whiten_fwd(Floats x, const bool* mask, int64_t n, const double* moments, bool center,

@@ -35,11 +35,35 @@ def _load_cpu() -> tuple[Any, str]:
     return (anywhere, "") if isa == "scalar" else _load(f"_native_{isa}")
 
 
+def _load_cuda() -> tuple[Any, str]:
+    if torch.version.hip is not None:
+        return None, "torch's cuda devices are AMD GPUs here"
+    module, absent = _load("_cuda")
+    if module is None:
+        build = "CMAKE_ARGS=-DSEGK_CUDA=ON pip install -e ."
+        return None, f"{absent}; build it where nvcc is, with {build}"
+    outdated = _outdated(*module.cuda_versions())
+    return (None, outdated) if outdated else (module, "")
+
+
+def _outdated(driver: int, runtime: int) -> str:
+    """Why kernels built with this CUDA runtime cannot start under the driver; empty when they can.
+
+    Versions as CUDA counts them, 1000 major + 10 minor. A driver runs what was built with any
+    release of its own major version or an older one. 0: there is no driver, and no GPU to serve.
+    """
+    if driver == 0 or driver // 1000 >= runtime // 1000:
+        return ""
+    built, served = (f"{v // 1000}.{v % 1000 // 10}" for v in (runtime, driver))
+    return (
+        f"built with CUDA {built}, which the NVIDIA driver is too old for, it serves CUDA "
+        f"{served}; install a driver for CUDA {runtime // 1000}, or build with an nvcc of CUDA "
+        f"{driver // 1000}"
+    )
+
+
 extension, missing = _load_cpu()
-cuda_extension, cuda_missing = _load("_cuda")  # the CUDA kernels
-if torch.version.hip is not None:
-    cuda_extension = None
-    cuda_missing = "torch's cuda devices are AMD GPUs here"
+cuda_extension, cuda_missing = _load_cuda()  # the CUDA kernels
 
 # The same numbers as segk::DType in csrc/include/segk/dtype.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -107,9 +131,14 @@ def kernels(tensor: Tensor) -> Any:
     return cuda_extension if tensor.is_cuda else extension
 
 
-def threads_or_stream(tensor: Tensor) -> int:
-    """The last argument of every sequence kernel: the number of threads, or the current stream."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else threads()
+def executor(tensor: Tensor) -> tuple[int, int]:
+    """The last argument of every sequence kernel: what it runs on, beside ``tensor``.
+
+    On CPUs (number of threads, -1); on GPUs (address of the current stream, index of the device).
+    """
+    if tensor.is_cuda:
+        return torch.cuda.current_stream(tensor.device).cuda_stream, tensor.get_device()
+    return threads(), -1
 
 
 def scratch(tensor: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def segment_advantages_fwd(
         native.ptr(returns),
         native.ptr(token_rewards),
         native.ptr(kl),
-        native.threads_or_stream(rewards),
+        native.executor(rewards),
     )
     return advantages, returns, token_rewards, kl
 

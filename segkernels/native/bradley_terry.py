@@ -27,7 +27,7 @@ def segment_scores_fwd(
         mean,
         native.ptr(scores),
         native.ptr(counts),
-        native.threads_or_stream(rewards),
+        native.executor(rewards),
     )
     return scores, counts
 
@@ -50,7 +50,7 @@ def segment_scores_bwd(
         native.rows(ends, cu_seqlens),
         mean,
         native.ptr(drewards),
-        native.threads_or_stream(dscores),
+        native.executor(dscores),
     )
     return drewards
 
@@ -117,7 +117,7 @@ def segment_bradley_terry_fwd(
         native.ptr(counts),
         native.ptr(loss_grad),
         native.ptr(scratch),
-        native.threads_or_stream(rewards),
+        native.executor(rewards),
     )
     return loss, scores, accuracy, counts, loss_grad
 
@@ -144,7 +144,7 @@ def segment_bradley_terry_bwd(
         native.rows(ends, cu_seqlens),
         mean,
         native.ptr(drewards),
-        native.threads_or_stream(ends),
+        native.executor(ends),
     )
     return drewards
 

@@ -27,7 +27,7 @@ def gae_fwd(
         lam,
         native.ptr(advantages),
         native.ptr(returns),
-        native.threads_or_stream(rewards),
+        native.executor(rewards),
     )
     return advantages, returns
 

@@ -45,7 +45,7 @@ def scatter_segment_rewards_fwd(
         mean,
         clip,
         native.ptr(out),
-        native.threads_or_stream(rewards),
+        native.executor(rewards),
     )
     return out
 

@@ -21,7 +21,7 @@ def location_moments(
         native.rows(rewards, cu_seqlens),
         bins,
         native.ptr(moments),
-        native.threads_or_stream(rewards),
+        native.executor(rewards),
     )
     check_finite_rewards(not_finite, int((ends & mask).sum()) if not_finite else 0)
     return moments

@@ -34,7 +34,7 @@ def segment_ends_fwd(
         native.ptr(exclude_last),
         exclude_all,
         native.ptr(ends),
-        native.threads_or_stream(entropy),
+        native.executor(entropy),
     )
     if nan >= 0:
         raise nan_entropy(layout_of("entropy", entropy, cu_seqlens), nan)

@@ -17,7 +17,7 @@ def moments_fwd(x: Tensor, mask: Tensor) -> Tensor:
         x.numel(),
         native.ptr(moments),
         native.ptr(scratch),
-        native.threads_or_stream(x),
+        native.executor(x),
     )
     return moments
 
@@ -37,7 +37,7 @@ def whiten_fwd(x: Tensor, mask: Tensor, moments: Tensor, center: bool) -> Tensor
         native.ptr(moments),
         center,
         native.ptr(out),
-        native.threads_or_stream(x),
+        native.executor(x),
     )
     return out
 

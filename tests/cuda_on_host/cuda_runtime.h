@@ -317,7 +317,19 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-// The part of the runtime that csrc/cuda/launch.cuh uses.
+// The part of the runtime that csrc/cuda/launch.cuh uses. Devices have contexts, as far as it
+// matters who creates them.
+
+namespace cuda_on_host {
+
+constexpr int kDevices = 4;
+inline std::atomic<bool> contexts[kDevices];
+inline std::atomic<int> launched_on{-1};  // the device of the last launch
+inline thread_local int current_device = 0;
+
+}  // namespace cuda_on_host
+
+#define CUDART_VERSION 13000
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
@@ -337,19 +349,33 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
-struct cudaPointerAttributes {
-  int device;
-};
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+constexpr unsigned long long cudaEnableDefault = 0;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cuda_on_host::current_device;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void*) {
-  attributes->device = 0;
+// Creates a context, as since CUDA 12.
+inline cudaError_t cudaSetDevice(int device) {
+  cuda_on_host::contexts[device] = true;
+  cuda_on_host::current_device = device;
+  return cudaSuccess;
+}
+namespace cuda_on_host {
+
+inline int primary_context_state(int device, unsigned*, int* active) {
+  *active = contexts[device];
+  return 0;
+}
+
+}  // namespace cuda_on_host
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned,
+                                                    unsigned long long,
+                                                    cudaDriverEntryPointQueryResult*) {
+  *entry = reinterpret_cast<void*>(&cuda_on_host::primary_context_state);
   return cudaSuccess;
 }
 // A small device: three blocks at a time.
@@ -366,6 +392,8 @@ template <class Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args),
                                const Args& args) {
   ++cuda_on_host::launched;
+  cuda_on_host::contexts[cuda_on_host::current_device] = true;
+  cuda_on_host::launched_on = cuda_on_host::current_device;
   const std::function<void()> body = [=] { kernel(args); };
   if (config->numAttrs > 0) {
     cuda_on_host::run_together(config->gridDim, config->blockDim, body);

@@ -1,6 +1,7 @@
 // The CUDA module as csrc/bind/cuda_module.cpp makes it, over kernels that run on the host.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bind/bind.h"
 #include "cuda/scratch.h"
@@ -35,5 +36,19 @@ PYBIND11_MODULE(cuda_on_host, m) {
   m.def("order", &cuda_on_host::order);
   m.def("launches", [] { return cuda_on_host::launched.exchange(0); });
   m.def("run_faulty", &run_faulty);
+  // Devices with a context, before and after.
+  m.def("forget_contexts", [] {
+    for (auto& context : cuda_on_host::contexts) context = false;
+    cuda_on_host::current_device = 0;
+  });
+  m.def("set_device", [](int device) { cudaSetDevice(device); });
+  m.def("devices", [] {
+    std::vector<int> with_context;
+    for (int i = 0; i < cuda_on_host::kDevices; ++i) {
+      if (cuda_on_host::contexts[i]) with_context.push_back(i);
+    }
+    return std::make_tuple(cuda_on_host::launched_on.load(), cuda_on_host::current_device,
+                           with_context);
+  });
   bind_sequence_ops(m);
 }
