@@ -107,17 +107,26 @@ class Run:
         print(f"{name}: FAILED: {reason}", flush=True)
         self.failed.append(f"{name}: {reason}")
 
-    def execute(self, command: Iterable[str], seconds: float, **environment: str) -> str:
-        """Runs a command in the repository; the last line that it wrote."""
+    def execute(
+        self, command: Iterable[str], seconds: float, telling: str = "", **environment: str
+    ) -> str:
+        """Runs a command in the repository; the last line that it wrote. A failure comes with that
+        line, or with the first one that has the word ``telling``."""
         begin = self.log.stat().st_size
+        failure = None
         try:
             with self.log.open("a") as log:
                 execute([*command], seconds, log, cwd=ROOT, **environment)
-        finally:
-            with self.log.open(errors="replace") as log:
-                log.seek(begin)
-                lines = [line.rstrip() for line in log if line.strip()][1:]
-        return lines[-1] if lines else ""
+        except Failed as error:
+            failure = error
+        with self.log.open(errors="replace") as log:
+            log.seek(begin)
+            lines = [line.strip() for line in log if line.strip()][1:]  # the first is the command
+        last = lines[-1] if lines else ""
+        if failure is None:
+            return last
+        told = next((x for x in lines if telling and telling in x.lower()), last)
+        raise Failed(f"{failure}: {told[:200]}" if told else str(failure))
 
 
 # ---- steps: each gives a word on how it went, or raises Failed ---------------------------------
@@ -164,7 +173,8 @@ def build(run: Run) -> str:
             continue
         options = f"{os.environ.get('CMAKE_ARGS', '')} {flags}".strip()
         try:
-            run.execute([*BUILD, str(ROOT / "build" / "gpu")], seconds, CMAKE_ARGS=options)
+            command = [*BUILD, str(ROOT / "build" / "gpu")]
+            run.execute(command, seconds, telling="error", CMAKE_ARGS=options)
         except Failed as error:
             failures.append(f"{way}: {error}")
             continue

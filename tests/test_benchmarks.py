@@ -731,7 +731,7 @@ def test_when_the_time_is_over_results_and_goals_are_there(make_gpu, monkeypatch
     monkeypatch.setattr(gpu, "PYTEST", python("import time", "time.sleep(60)"))
     status, file, _ = make_gpu("--steps", "goals", "tests", "everybody")
     assert status == 1
-    assert steps(file)["tests"] == "did not end within 1 s"
+    assert steps(file)["tests"] == "did not end within 1 s: KeyboardInterrupt"
     assert measured_by(file) == ["sound"]
     status, file, _ = make_gpu("--steps", "goals", "tests", "--minutes", "0")
     assert status == 1
