@@ -26,7 +26,7 @@ from .data.batch import pad_responses
 from .data.tokenize import tokenizer_key
 from .errors import NonFiniteError, UserError
 from .models.lm_head import token_stats
-from .models.loading import load_causal_lm
+from .models.loading import check_vocabulary, load_causal_lm, load_config
 from .runtime import files
 from .runtime.distributed import processes
 
@@ -250,6 +250,8 @@ def build_entropy_cache(
         found[0] = cache_directory(
             model_name_or_path, tokenizer, pairs, cache_dir=cache_dir, revision=revision
         )
+        config = load_config(model_name_or_path, {"revision": revision}, trust_remote_code)
+        check_vocabulary(config, tokenizer)
     directory = Path(broadcast_object_list(found)[0])
     lock = _building(directory) if state.is_main_process else nullcontext()
     with lock:

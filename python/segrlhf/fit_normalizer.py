@@ -111,7 +111,7 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
     if config.max_pairs < 1:
         raise UserError(f"max_pairs: expected at least 1, got {config.max_pairs}")
     model = load_reward_model(config)
-    tokenizer = reward_tokenizer(config)
+    tokenizer = reward_tokenizer(config, model)
     pairs, data_report = tokenize_pairs(
         load_split(data, "train"), tokenizer, **tokenization(config)
     )
