@@ -85,6 +85,42 @@ def operator(body: Callable) -> torch._ops.OpOverload:
     return getattr(torch.ops.segkernels, name).default
 
 
+class _Slope(torch.autograd.Function):
+    """A gradient that has none itself, and says so."""
+
+    @staticmethod
+    def forward(op: str, slope: Callable, *args: Any) -> Any:
+        return slope(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise no_second_derivative(ctx.op)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise no_second_derivative(ctx.op)
+
+
+def no_second_derivative(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op}: expected one derivative, got one of its gradient, which this implementation has no "
+        'formula for; pass backend="reference"'
+    )
+
+
+def gradient(op: str, slope: Callable, *args: Any) -> Any:
+    """``slope(*args)``, the gradient of ``op`` in its backward pass.
+
+    Whoever differentiates the result once more gets an error with the op's name. What it costs is
+    paid under ``create_graph=True`` alone, where gradients are recorded.
+    """
+    return _Slope.apply(op, slope, *args) if torch.is_grad_enabled() else slope(*args)
+
+
 def ptr(tensor: Tensor | None) -> int:
     """Address of a contiguous tensor's first element; 0 for None."""
     if tensor is None:

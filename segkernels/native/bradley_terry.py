@@ -77,7 +77,8 @@ def _save_scores(ctx, inputs, output):
 
 
 def _scores_backward(ctx, dscores, _):
-    drewards = segment_scores_bwd(dscores.contiguous(), *ctx.saved_tensors, ctx.mean)
+    arguments = (dscores.contiguous(), *ctx.saved_tensors, ctx.mean)
+    drewards = native.gradient("segment_scores", segment_scores_bwd, *arguments)
     return drewards.to(ctx.dtype), None, None, None, None
 
 
@@ -174,7 +175,8 @@ def _save_bradley_terry(ctx, inputs, output):
 def _bradley_terry_backward(ctx, dloss, dscores, *_):
     if dscores is not None:
         dscores = dscores.contiguous()
-    drewards = segment_bradley_terry_bwd(dloss, dscores, *ctx.saved_tensors, ctx.mean)
+    arguments = (dloss, dscores, *ctx.saved_tensors, ctx.mean)
+    drewards = native.gradient("segment_bradley_terry", segment_bradley_terry_bwd, *arguments)
     return drewards.to(ctx.dtype), *[None] * 7
 
 
