@@ -85,6 +85,33 @@ def operator(body: Callable) -> torch._ops.OpOverload:
     return getattr(torch.ops.segkernels, name).default
 
 
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient, op):
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{ctx.op}: expected one derivative, got a second one, which its kernel does not have; "
+            'pass backend="reference" to differentiate twice'
+        )
+
+
+def first_derivative(op: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The results of a backward pass, which raise where they are differentiated again.
+
+    The kernels have no formula for it; without this the second derivative would silently be 0.
+    """
+    if not torch.is_grad_enabled():  # not create_graph=True
+        return gradients
+    return tuple(
+        g if g is None else _FirstDerivative.apply(g.detach().requires_grad_(), op)
+        for g in gradients
+    )
+
+
 def ptr(tensor: Tensor | None) -> int:
     """Address of a contiguous tensor's first element; 0 for None."""
     if tensor is None:

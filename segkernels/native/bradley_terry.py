@@ -78,7 +78,8 @@ def _save_scores(ctx, inputs, output):
 
 def _scores_backward(ctx, dscores, _):
     drewards = segment_scores_bwd(dscores.contiguous(), *ctx.saved_tensors, ctx.mean)
-    return drewards.to(ctx.dtype), None, None, None, None
+    (drewards,) = native.first_derivative("segment_scores", drewards.to(ctx.dtype))
+    return drewards, None, None, None, None
 
 
 torch.library.register_autograd(segment_scores_fwd, _scores_backward, setup_context=_save_scores)
@@ -100,7 +101,7 @@ def segment_bradley_terry_fwd(
     scores = native.empty(rewards, rows[0])
     accuracy = native.empty_like(loss)
     counts = native.empty_like(scores, torch.int32)
-    loss_grad = native.empty_like(scores)
+    score_grads = native.empty_like(scores)
     scratch = native.scratch(rewards)
     native.kernels(rewards).segment_bradley_terry_fwd(
         native.floats(rewards),
@@ -115,18 +116,18 @@ def segment_bradley_terry_fwd(
         native.ptr(scores),
         native.ptr(accuracy),
         native.ptr(counts),
-        native.ptr(loss_grad),
+        native.ptr(score_grads),
         native.ptr(scratch),
         native.executor(rewards),
     )
-    return loss, scores, accuracy, counts, loss_grad
+    return loss, scores, accuracy, counts, score_grads
 
 
 @native.operator
 def segment_bradley_terry_bwd(
     dloss: Tensor | None,
     dscores: Tensor | None,
-    loss_grad: Tensor,
+    score_grads: Tensor,
     counts: Tensor,
     ends: Tensor,
     mask: Tensor | None,
@@ -137,7 +138,7 @@ def segment_bradley_terry_bwd(
     native.kernels(ends).segment_bradley_terry_bwd(
         native.ptr(dloss),
         native.ptr(dscores),
-        native.ptr(loss_grad),
+        native.ptr(score_grads),
         native.ptr(counts),
         native.ptr(ends),
         native.ptr(mask),
@@ -159,15 +160,15 @@ def _(rewards, ends, mask, cu_seqlens, margin, mean, label_smoothing, center_coe
 
 
 @torch.library.register_fake(segment_bradley_terry_bwd)
-def _(dloss, dscores, loss_grad, counts, ends, mask, cu_seqlens, mean):
+def _(dloss, dscores, score_grads, counts, ends, mask, cu_seqlens, mean):
     return native.empty_like(ends)
 
 
 def _save_bradley_terry(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     rewards, ends, mask, cu_seqlens, _, ctx.mean, _, _ = inputs
-    _, _, _, counts, loss_grad = output
-    ctx.save_for_backward(loss_grad, counts, ends, mask, cu_seqlens)
+    _, _, _, counts, score_grads = output
+    ctx.save_for_backward(score_grads, counts, ends, mask, cu_seqlens)
     ctx.dtype = rewards.dtype
 
 
@@ -175,7 +176,8 @@ def _bradley_terry_backward(ctx, dloss, dscores, *_):
     if dscores is not None:
         dscores = dscores.contiguous()
     drewards = segment_bradley_terry_bwd(dloss, dscores, *ctx.saved_tensors, ctx.mean)
-    return drewards.to(ctx.dtype), *[None] * 7
+    (drewards,) = native.first_derivative("segment_bradley_terry", drewards.to(ctx.dtype))
+    return drewards, *[None] * 7
 
 
 torch.library.register_autograd(

@@ -530,6 +530,7 @@ class PPOTrainer:
         returns: Tensor,
     ) -> None:
         """Token means of the metrics. Masked sums, because x[mask] would wait for the device."""
+        assert policy.entropy is not None
         n, reach = mask.sum(), self.config.cliprange_value
         means.add("policy/approxkl_avg", policy.approx_kl * n, n)
         means.add("policy/clipfrac_avg", policy.clip_fraction * n, n)
