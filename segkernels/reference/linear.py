@@ -21,7 +21,7 @@ def linear_logprobs_and_entropy(
     shape = hidden.shape[:-1]
     rows = take_rows(hidden, shape, mask)  # [A, D]
     # Contiguous: libraries sum the products of other strides in another order.
-    operands = [x if x is None else x.to(dtype).contiguous() for x in (rows, weight, bias)]
-    logits = linear(*operands)
+    rows, weight = rows.to(dtype).contiguous(), weight.to(dtype).contiguous()
+    logits = linear(rows, weight, None if bias is None else bias.to(dtype))
     stats = row_stats(logits, *take_per_row(targets, temperature, shape, mask))
     return put_rows(stats, shape, mask)
