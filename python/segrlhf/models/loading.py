@@ -143,6 +143,13 @@ def check_same_tokenizer(policy: PreTrainedTokenizerBase, reward: PreTrainedToke
     )
 
 
+def recompute_activations(model: Any) -> None:
+    """Saves memory in training: activations are computed again in the backward pass."""
+    # transformers 5.23 renamed it and warns of the older name.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
 def apply_lora(model: PreTrainedModel, config: AdaptedModelConfig, task_type: str) -> nn.Module:
     """``model`` with LoRA adapters: ``task_type`` CAUSAL_LM, or SEQ_CLS, where ``score`` is trained
     whole. ``merge_and_unload()`` of the result gives the plain model back for saving."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -54,10 +55,11 @@ class PPOConfig:
     reward_spread: Literal["even", "repeat", "last"] = flag(
         "even", "How a segment's reward goes to its tokens: even, repeat or last."
     )
-    reward_reduction: Literal["mean", "sum"] = flag(
+    reward_reduction: Literal["mean", "sum", "token-mean"] = flag(
         "mean",
         "mean: a row's rewards add up to the mean of its segments. sum: to their sum (the authors' "
-        "form; weakens the KL penalty by the number of segments).",
+        "form; weakens the KL penalty by the number of segments). token-mean: to their sum over "
+        "the number of the response's tokens (the authors' length norm).",
     )
     reward_clip: float = flag(10.0, "Token rewards are clipped to plus and minus this.")
     missing_eos_penalty: float | None = flag(
@@ -97,8 +99,18 @@ class PPOConfig:
         "constant",
         "constant_with_warmup",
         "inverse_sqrt",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
     ] = flag("linear", "Schedule over updates, by transformers' names.")
-    warmup_ratio: float = flag(0.0, "Share of the updates in which the learning rates rise.")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = flag(
+        None,
+        'More settings of the schedule as json, e.g. {"min_lr_rate": 0.1}.',
+        depends_on=("lr_scheduler_type",),
+    )
+    warmup_steps: float = flag(
+        0.0, "Updates in which the learning rates rise; below 1: their share of all updates."
+    )
     adam_beta1: float = flag(0.9, "AdamW's first beta.")
     adam_beta2: float = flag(0.999, "AdamW's second beta.")
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
@@ -156,6 +168,7 @@ class PPOConfig:
             allowed, got = get_args(hint), getattr(self, name)
             if get_origin(hint) is Literal and got not in allowed:
                 raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
+        self._check_schedule()
         for name in (
             "rollout_batch_size", "generation_batch_size", "response_length", "num_ppo_epochs",
             "mini_batch_size", "per_device_train_batch_size", "temperature", "max_grad_norm",
@@ -176,6 +189,27 @@ class PPOConfig:
                     f"{name}: expected {n} numbers with --normalizer {kind} and none without, "
                     f"got {given} with --normalizer {self.normalizer}"
                 )
+
+    def _check_schedule(self) -> None:
+        given = self.lr_scheduler_kwargs
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except ValueError:
+                given = None
+            if not isinstance(given, dict):
+                raise UserError(
+                    'lr_scheduler_kwargs: expected a json object like {"min_lr_rate": 0.1}, got '
+                    f"{self.lr_scheduler_kwargs}"
+                )
+            self.lr_scheduler_kwargs = given
+        if given and "min_lr" in given:
+            raise UserError(
+                f"lr_scheduler_kwargs: expected min_lr_rate, a share of both learning rates, got "
+                f"min_lr {given['min_lr']}; give min_lr_rate instead"
+            )
+        if not self.warmup_steps >= 0:
+            raise UserError(f"warmup_steps: expected at least 0, got {self.warmup_steps}")
 
     @property
     def resumes(self) -> bool:
