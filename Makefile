@@ -5,6 +5,7 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
+WHEELS ?=
 
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 CPP := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_host/*)
@@ -57,7 +58,7 @@ BENCH := $(BIN)/python -m pytest benchmarks --quiet --benchmark-quiet
 bench: setup .venv/peers
 ifeq ($(strip $(BENCH_ARGS)),)
 	$(BENCH) --results benchmarks/results
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/documents.py
 else
 	$(BENCH) $(BENCH_ARGS)
 endif
@@ -70,9 +71,10 @@ PEERS := trl verl liger-kernel cut-cross-entropy
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps $(PEERS)
 	touch $@
 
-# Needs no environment: builds in place with PYTHON, which has torch and Triton for the GPU.
+# Needs no environment: builds in place with PYTHON, which has torch and Triton for the GPU. WHEELS
+# is a folder of peers that PYTHON lacks.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
+	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -17,7 +17,7 @@ from typing import Any
 import eager
 import shapes
 import torch
-from harness import Alternation, Timed, on_threads
+from timing import Alternation, Timed, on_threads
 
 import segkernels as sk
 from segkernels import native
@@ -29,9 +29,7 @@ KEPT = {name: str(1 << 30) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_T
 def quickest(functions: dict[Any, Callable[[], object]], seconds: float = 1.0) -> dict[Any, float]:
     """Seconds of each, in turn."""
     alternation = Alternation({name: Timed(f) for name, f in functions.items()}, seconds=seconds)
-    for _ in range(alternation.rounds):
-        alternation.round()
-    return {name: min(samples) for name, samples in alternation.samples.items()}
+    return {name: min(samples) for name, samples in alternation.run().items()}
 
 
 def entropy() -> None:

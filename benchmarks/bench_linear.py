@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import eager
 import peers
 import pytest
 import shapes
 import torch
-from harness import OURS, Case, compiled
+from cases import Case, Yardstick, ours, textbook
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +27,7 @@ def _projection(
     }
 
 
-def _bare(hidden: Tensor, weight: Tensor, products: int) -> tuple[str, Callable[[], None]]:
+def _bare(hidden: Tensor, weight: Tensor, products: int) -> Yardstick:
     """The products of the op and nothing else: logits; logits again, dX and dW."""
     hidden, weight = hidden.detach(), weight.detach()
     logits = hidden.new_empty(len(hidden), len(weight))
@@ -44,9 +42,9 @@ def _bare(hidden: Tensor, weight: Tensor, products: int) -> tuple[str, Callable[
         torch.mm(logits, weight, out=dhidden)
         torch.mm(logits.t(), hidden, out=dweight)
 
-    run = {1: one, 4: four}[products]
+    name, run = {1: ("one bare product", one), 4: ("four bare products", four)}[products]
     run()
-    return {1: "one bare product", 4: "four bare products"}[products], run
+    return Yardstick(name, run, products)
 
 
 CHUNK = 512  # rows: the fp64 logits of 8,192 x 131,072 and what autograd keeps of them pass 80 GB
@@ -63,10 +61,6 @@ def _definition(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Te
         for part in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
     return dict(zip(("logprobs", "entropy"), map(torch.cat, zip(*parts, strict=True)), strict=True))
-
-
-def _shape(tokens: int, hidden_size: int, vocab: int) -> str:
-    return f"{tokens:,} x {hidden_size:,} x {vocab:,}"
 
 
 def linear(
@@ -86,7 +80,7 @@ def linear(
     upstream["nll"] = torch.ones((), device=device)
     products = 4 if backward else 1
 
-    def ours(hidden, weight, targets):
+    def fused(hidden, weight, targets):
         logprobs, entropy = sk.linear_logprobs_and_entropy(hidden, weight, targets)
         return {"logprobs": logprobs, "entropy": entropy}
 
@@ -96,16 +90,15 @@ def linear(
 
     return Case(
         op="linear_logprobs_and_entropy",
-        workload=_shape(tokens, hidden_size, vocab),
+        shape={"tokens": tokens, "hidden": hidden_size, "vocab": vocab},
         dtype=dtype,
         inputs=inputs,
         definition=definition,
-        contenders={
-            OURS: ours,
-            "eager": eager.linear_logprobs_and_entropy,
-            "torch.compile": compiled(eager.linear_logprobs_and_entropy),
-            **peers.linear_logprobs_and_entropy(torch.device(device)),
-        },
+        contenders=[
+            ours(fused),
+            *textbook(eager.linear_logprobs_and_entropy),
+            *peers.linear_logprobs_and_entropy(torch.device(device)),
+        ],
         upstream=upstream if backward else {},
         wrt=("hidden", "weight") if backward else (),
         flops=2 * products * tokens * hidden_size * vocab,
@@ -142,7 +135,7 @@ def linear_policy_loss(
         "mask": torch.ones(rows, tokens, dtype=torch.bool, device=device),
     }
 
-    def ours(hidden, weight, targets, old_logprobs, advantages, mask):
+    def fused(hidden, weight, targets, old_logprobs, advantages, mask):
         out = sk.linear_policy_loss(hidden, weight, targets, old_logprobs, advantages, mask)
         return {"loss": out.loss}
 
@@ -152,18 +145,17 @@ def linear_policy_loss(
         out = sk.policy_loss(new, old_logprobs, advantages, mask, backend="reference")
         return {"loss": out.loss}
 
-    others = {
-        "eager": eager.linear_policy_loss,
-        "torch.compile": compiled(eager.linear_policy_loss),
-        **peers.linear_policy_loss(),
-    }
+    others = [
+        *textbook(eager.linear_policy_loss),
+        *peers.linear_policy_loss(torch.device(device)),
+    ]
     return Case(
         op="linear_policy_loss",
-        workload=f"{_shape(count, hidden_size, vocab)}, {gated:.0%} gated",
+        shape={"tokens": count, "hidden": hidden_size, "vocab": vocab, "gated": gated},
         dtype=dtype,
         inputs=inputs,
         definition=definition,
-        contenders={OURS: ours} | ({} if gated else others),
+        contenders=[ours(fused), *([] if gated else others)],
         upstream={"loss": torch.ones((), device=device)},
         wrt=("hidden", "weight"),
         flops=6 * count * hidden_size * vocab,

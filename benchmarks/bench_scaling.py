@@ -8,19 +8,25 @@ import torch
 from bench_linear import linear
 from bench_sequence import boundaries_to_advantages
 from bench_token_stats import entropy, logprobs_and_entropy
-from harness import OURS, Case, on_threads
+from cases import OURS, Case, Contender
+from timing import on_threads
 
 
 def by_threads(case: Case, axis: str, x: int) -> Case:
     """Ours alone, on one core and on all of them."""
-    ours = case.contenders[OURS]
-    assert callable(ours)
-    case.contenders = {
-        f"{OURS}, {count} thread{'s' * (count > 1)}": on_threads(count, ours)
+    forward = case.named(OURS).forward
+    assert callable(forward)
+    case.contenders = [
+        Contender(
+            f"{OURS}, {count} thread{'s' * (count > 1)}",
+            on_threads(count, forward),
+            "ours",
+            threads=count,
+        )
         for count in sorted({1, torch.get_num_threads()})
-    }
+    ]
     case.yardstick = None
-    case.at = {"axis": axis, "x": x}
+    case.axis, case.x = axis, x
     return case
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import eager
 import peers
 import pytest
 import shapes
 import torch
-from harness import OURS, Case, Contender, Forward, Missing, compiled
+from cases import Case, Contender, Forward, Missing, ours, textbook
 from shapes import NORMALIZER, THRESHOLD, Stream
 from torch import Tensor
 
@@ -18,8 +19,8 @@ import segkernels as sk
 LONGEST_MATRIX = 4096  # tokens: a triangular matrix of this size is 64 MB
 
 
-def _sizes(workload: str, stream: Stream) -> str:
-    return f"{workload}, {len(stream.lengths):,} rows, {stream.count:,} tokens"
+def _shape(layout: str, stream: Stream) -> dict[str, int | float | str]:
+    return {"layout": layout, "rows": len(stream.lengths), "tokens": stream.count}
 
 
 def _case(
@@ -27,8 +28,8 @@ def _case(
     workload: str,
     stream: Stream,
     fields: tuple[str, ...],
-    ours: Callable[..., dict[str, Tensor]],
-    contenders: Mapping[str, Forward | Missing],
+    fused: Callable[..., dict[str, Tensor]],
+    others: Sequence[Contender],
     *,
     rename: Mapping[str, str] | None = None,
     wrt: tuple[str, ...] = (),
@@ -49,36 +50,32 @@ def _case(
     def restore(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: stream.flat(x) for name, x in outputs.items()}
 
+    def on(backend: str | None) -> Forward:
+        return lambda **inputs: fused(**inputs, cu_seqlens=cu_seqlens, backend=backend)
+
     dtype = stream.tokens["rewards"].dtype
     upstream = {name: torch.ones((), device=stream.device) for name in scalars} if wrt else {}
     return Case(
         op=op,
-        workload=_sizes(workload, stream),
+        shape=_shape(workload, stream),
         dtype=dtype,
         inputs=packed,
-        definition=lambda **inputs: ours(**inputs, cu_seqlens=cu_seqlens, backend="reference"),
-        contenders={
-            OURS: lambda **inputs: ours(**inputs, cu_seqlens=cu_seqlens, backend=None),
-            "reference": lambda **inputs: ours(
-                **inputs, cu_seqlens=cu_seqlens, backend="reference"
-            ),
-        }
-        | {
-            name: each if isinstance(each, Missing) else Contender(each, grid, restore)
-            for name, each in contenders.items()
-        },
+        definition=on("reference"),
+        contenders=[
+            ours(on(None)),
+            Contender("reference", on("reference"), "definition"),
+            *(replace(each, inputs=grid, restore=restore) for each in others),
+        ],
         upstream=upstream,
         wrt=wrt,
-        moved=_moved(packed, ours, cu_seqlens, wrt),
+        moved=_moved(packed, on(None), wrt),
     )
 
 
-def _moved(
-    packed: Mapping[str, Tensor], ours: Callable, cu_seqlens: Tensor, wrt: tuple[str, ...]
-) -> int:
+def _moved(packed: Mapping[str, Tensor], forward: Callable, wrt: tuple[str, ...]) -> int:
     """Bytes of the inputs once, of the outputs once, and of the gradients once."""
     with torch.no_grad():
-        outputs = ours(**packed, cu_seqlens=cu_seqlens, backend=None)
+        outputs = forward(**packed)
     gradients = [packed[name] for name in wrt]
     return sum(
         x.numel() * x.element_size() for x in (*packed.values(), *outputs.values(), *gradients)
@@ -86,7 +83,7 @@ def _moved(
 
 
 def segment_ends(workload: str, stream: Stream) -> Case:
-    def ours(entropy, mask, **where):
+    def fused(entropy, mask, **where):
         return {"ends": sk.segment_ends(entropy, mask, THRESHOLD, **where)}
 
     return _case(
@@ -94,23 +91,23 @@ def segment_ends(workload: str, stream: Stream) -> Case:
         workload,
         stream,
         ("entropy", "mask"),
-        ours,
-        {"eager": eager.segment_ends, "torch.compile": compiled(eager.segment_ends)},
+        fused,
+        textbook(eager.segment_ends),
     )
 
 
 def segment_offsets(workload: str, stream: Stream) -> Case:
     """Tables for the host: the definition is all there is."""
 
-    def ours(ends, mask, **where):
+    def fused(ends, mask, **where):
         offsets = sk.segment_offsets(ends, mask, **where)
         return dict(zip(("segments", "rows"), offsets, strict=True))
 
-    return _case("segment_offsets", workload, stream, ("ends", "mask"), ours, {})
+    return _case("segment_offsets", workload, stream, ("ends", "mask"), fused, [])
 
 
 def segment_scores(workload: str, stream: Stream, *, backward: bool) -> Case:
-    def ours(rewards, ends, **where):
+    def fused(rewards, ends, **where):
         scores = sk.segment_scores(rewards, ends, **where)
         return {"scores": scores, "total": scores.sum()}
 
@@ -123,15 +120,15 @@ def segment_scores(workload: str, stream: Stream, *, backward: bool) -> Case:
         workload,
         stream,
         ("rewards", "ends"),
-        ours,
-        {"eager": plain, "torch.compile": compiled(plain)},
+        fused,
+        textbook(plain),
         wrt=("rewards",) if backward else (),
         scalars=("total",),
     )
 
 
 def segment_bradley_terry(workload: str, stream: Stream, *, backward: bool) -> Case:
-    def ours(rewards, ends, **where):
+    def fused(rewards, ends, **where):
         out = sk.segment_bradley_terry(rewards, ends, **where)
         return {"loss": out.loss, "scores": out.scores}
 
@@ -140,18 +137,15 @@ def segment_bradley_terry(workload: str, stream: Stream, *, backward: bool) -> C
         workload,
         stream,
         ("rewards", "ends"),
-        ours,
-        {
-            "eager": eager.segment_bradley_terry,
-            "torch.compile": compiled(eager.segment_bradley_terry),
-        },
+        fused,
+        textbook(eager.segment_bradley_terry),
         wrt=("rewards",) if backward else (),
         scalars=("loss",),
     )
 
 
 def scatter_segment_rewards(workload: str, stream: Stream) -> Case:
-    def ours(rewards, ends, mask, **where):
+    def fused(rewards, ends, mask, **where):
         return {
             "token_rewards": sk.scatter_segment_rewards(
                 rewards, ends, mask, normalizer=NORMALIZER, **where
@@ -163,11 +157,8 @@ def scatter_segment_rewards(workload: str, stream: Stream) -> Case:
         workload,
         stream,
         ("rewards", "ends", "mask"),
-        ours,
-        {
-            "eager": eager.scatter_segment_rewards,
-            "torch.compile": compiled(eager.scatter_segment_rewards),
-        },
+        fused,
+        textbook(eager.scatter_segment_rewards),
     )
 
 
@@ -178,7 +169,7 @@ def _matrix(stream: Stream, form: Forward) -> Forward | Missing:
 
 
 def gae(workload: str, stream: Stream) -> Case:
-    def ours(rewards, values, mask, **where):
+    def fused(rewards, values, mask, **where):
         out = sk.gae(rewards, values, mask, **where)
         return dict(zip(("advantages", "returns"), out, strict=True))
 
@@ -187,13 +178,12 @@ def gae(workload: str, stream: Stream) -> Case:
         workload,
         stream,
         ("rewards", "values", "mask"),
-        ours,
-        {
-            "eager, loop over time": eager.gae_over_time,
-            "eager, matrix": _matrix(stream, eager.gae_matrix),
-            "torch.compile, matrix": _matrix(stream, compiled(eager.gae_matrix)),
-            **peers.gae(),
-        },
+        fused,
+        [
+            Contender("eager, loop over time", eager.gae_over_time, "textbook"),
+            *textbook(_matrix(stream, eager.gae_matrix), ", matrix"),
+            *peers.gae(),
+        ],
     )
 
 
@@ -201,20 +191,20 @@ RESULTS = ("advantages", "returns", "token_rewards", "kl")
 
 
 def segment_advantages(workload: str, stream: Stream) -> Case:
-    def ours(rewards, ends, logprobs, ref_logprobs, values, mask, **where):
+    def fused(rewards, ends, logprobs, ref_logprobs, values, mask, **where):
         out = sk.segment_advantages(
             *(rewards, ends, logprobs, ref_logprobs, values, mask), normalizer=NORMALIZER, **where
         )
         return dict(zip(RESULTS, out, strict=True))
 
     fields = ("rewards", "ends", "logprobs", "ref_logprobs", "values", "mask")
-    return _case("segment_advantages", workload, stream, fields, ours, {})
+    return _case("segment_advantages", workload, stream, fields, fused, [])
 
 
 def boundaries_to_advantages(workload: str, stream: Stream, *, by_token: bool = False) -> Case:
     """What happens between two models' outputs and PPO: two of our ops."""
 
-    def ours(entropy, rewards, logprobs, ref_logprobs, values, mask, **where):
+    def fused(entropy, rewards, logprobs, ref_logprobs, values, mask, **where):
         ends = sk.segment_ends(entropy, mask, THRESHOLD, **where)
         out = sk.segment_advantages(
             *(rewards, ends, logprobs, ref_logprobs, values, mask), normalizer=NORMALIZER, **where
@@ -223,19 +213,19 @@ def boundaries_to_advantages(workload: str, stream: Stream, *, by_token: bool = 
 
     loop = eager.boundaries_to_advantages(eager.gae_over_time)
     matrix = eager.boundaries_to_advantages(eager.gae_matrix)
-    contenders = {
-        "eager, GAE loops over time": loop,
-        "eager, GAE as a matrix": _matrix(stream, matrix),
-        "torch.compile, GAE as a matrix": _matrix(stream, compiled(matrix)),
-    }
+    others = [
+        Contender("eager, GAE loops over time", loop, "textbook"),
+        *textbook(_matrix(stream, matrix), ", GAE as a matrix"),
+    ]
     if by_token:
-        contenders["Python loops over tokens"] = eager.boundaries_to_advantages_by_token
+        by_loops = eager.boundaries_to_advantages_by_token
+        others.append(Contender("Python loops over tokens", by_loops, "textbook"))
     fields = ("entropy", "rewards", "logprobs", "ref_logprobs", "values", "mask")
-    return _case("boundaries to advantages", workload, stream, fields, ours, contenders)
+    return _case("boundaries to advantages", workload, stream, fields, fused, others)
 
 
 def whiten(workload: str, stream: Stream) -> Case:
-    def ours(x, mask, cu_seqlens=None, backend=None):
+    def fused(x, mask, cu_seqlens=None, backend=None):
         return {"white": sk.whiten(x, mask, backend=backend)}
 
     return _case(
@@ -243,8 +233,8 @@ def whiten(workload: str, stream: Stream) -> Case:
         workload,
         stream,
         ("advantages", "mask"),
-        ours,
-        {"eager": eager.whiten, "torch.compile": compiled(eager.whiten), **peers.whiten()},
+        fused,
+        [*textbook(eager.whiten), *peers.whiten()],
         rename={"advantages": "x"},
     )
 
@@ -254,7 +244,7 @@ def running_normalizer(workload: str, stream: Stream) -> Case:
     bins = 1000
     latest: list[sk.RunningLocationNormalizer] = []
 
-    def ours(rewards, ends, mask):
+    def fused(rewards, ends, mask):
         latest[:] = [sk.RunningLocationNormalizer(bins)]
         latest[0].update(rewards, ends, mask, cu_seqlens=stream.cu_seqlens)
         latest[0].all_reduce()
@@ -275,16 +265,19 @@ def running_normalizer(workload: str, stream: Stream) -> Case:
     packed = {name: stream.tokens[name] for name in fields}
     return Case(
         op="RunningLocationNormalizer.update",
-        workload=_sizes(workload, stream),
+        shape=_shape(workload, stream),
         dtype=torch.float32,
         inputs=packed,
         definition=lambda **_: plain(**grid | {"rewards": grid["rewards"].double()}),
-        contenders={OURS: Contender(ours, packed, read), "eager": Contender(plain, grid)},
+        contenders=[
+            replace(ours(fused), restore=read),
+            Contender("eager", plain, "textbook", inputs=grid),
+        ],
     )
 
 
 def policy_loss(workload: str, stream: Stream, *, backward: bool) -> Case:
-    def ours(logprobs, old_logprobs, advantages, mask, **where):
+    def fused(logprobs, old_logprobs, advantages, mask, **where):
         out = sk.policy_loss(logprobs, old_logprobs, advantages, mask, **where)
         return {"loss": out.loss}
 
@@ -293,19 +286,15 @@ def policy_loss(workload: str, stream: Stream, *, backward: bool) -> Case:
         workload,
         stream,
         ("logprobs", "old_logprobs", "advantages", "mask"),
-        ours,
-        {
-            "eager": eager.policy_loss,
-            "torch.compile": compiled(eager.policy_loss),
-            **peers.policy_loss(),
-        },
+        fused,
+        [*textbook(eager.policy_loss), *peers.policy_loss()],
         wrt=("logprobs",) if backward else (),
         scalars=("loss",),
     )
 
 
 def value_loss(workload: str, stream: Stream, *, backward: bool) -> Case:
-    def ours(values, old_values, returns, mask, **where):
+    def fused(values, old_values, returns, mask, **where):
         return {"loss": sk.value_loss(values, old_values, returns, mask, **where)}
 
     return _case(
@@ -313,12 +302,8 @@ def value_loss(workload: str, stream: Stream, *, backward: bool) -> Case:
         workload,
         stream,
         ("values", "old_values", "returns", "mask"),
-        ours,
-        {
-            "eager": eager.value_loss,
-            "torch.compile": compiled(eager.value_loss),
-            **peers.value_loss(),
-        },
+        fused,
+        [*textbook(eager.value_loss), *peers.value_loss()],
         wrt=("values",) if backward else (),
         scalars=("loss",),
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import eager
 import peers
 import pytest
 import shapes
 import torch
-from harness import OURS, Case, compiled
+from cases import Case, Contender, Yardstick, ours, textbook
 from torch import Tensor
 
 import segkernels as sk
@@ -27,11 +25,11 @@ def _checked(rows: int) -> slice:
     return slice(None, None, max(1, rows // 64))
 
 
-def _new_gradient(logits: Tensor) -> tuple[str, Callable[[], Tensor]] | None:
+def _new_gradient(logits: Tensor) -> Yardstick | None:
     """The floor of a backward pass on CPUs: memory from the system, written once."""
     if logits.is_cuda:
         return None
-    return "a new gradient of zeros, alone", lambda: torch.empty_like(logits).zero_()
+    return Yardstick("a new gradient of zeros, alone", lambda: torch.empty_like(logits).zero_())
 
 
 def entropy(
@@ -46,21 +44,16 @@ def entropy(
     upstream = torch.randn(rows, generator=shapes.generator(device, 5), device=device)
     size = logits.numel() * logits.element_size()
 
-    def ours(logits, backend=None):
+    def fused(logits, backend=None):
         return {"entropy": sk.entropy_from_logits(logits, backend=backend)}
 
     return Case(
         op="entropy_from_logits",
-        workload=f"{rows:,} x {vocab:,}",
+        shape={"rows": rows, "vocab": vocab},
         dtype=dtype,
         inputs={"logits": logits},
-        definition=lambda logits: ours(logits, "reference"),
-        contenders={
-            OURS: ours,
-            "eager": eager.entropy,
-            "torch.compile": compiled(eager.entropy),
-            **peers.entropy(),
-        },
+        definition=lambda logits: fused(logits, "reference"),
+        contenders=[ours(fused), *textbook(eager.entropy), *peers.entropy()],
         upstream={"entropy": upstream} if backward else {},
         wrt=("logits",) if backward else (),
         rows=_checked(rows),
@@ -85,22 +78,21 @@ def logprobs_and_entropy(
     }
     size = logits.numel() * logits.element_size()
 
-    def ours(logits, targets, backend=None):
+    def fused(logits, targets, backend=None):
         logprobs, entropy = sk.logprobs_and_entropy(logits, targets, backend=backend)
         return {"logprobs": logprobs, "entropy": entropy}
 
     return Case(
         op="logprobs_and_entropy",
-        workload=f"{rows:,} x {vocab:,}",
+        shape={"rows": rows, "vocab": vocab},
         dtype=dtype,
         inputs={"logits": logits, "targets": shapes.targets(rows, vocab, device)},
-        definition=lambda logits, targets: ours(logits, targets, "reference"),
-        contenders={
-            OURS: ours,
-            "eager": eager.logprobs_and_entropy,
-            "torch.compile": compiled(eager.logprobs_and_entropy),
-            **peers.logprobs_and_entropy(),
-        },
+        definition=lambda logits, targets: fused(logits, targets, "reference"),
+        contenders=[
+            ours(fused),
+            *textbook(eager.logprobs_and_entropy),
+            *peers.logprobs_and_entropy(),
+        ],
         upstream=upstream if backward else {},
         wrt=("logits",) if backward else (),
         rows=_checked(rows),
@@ -119,7 +111,7 @@ def masked_entropy(
     mask = mask.flatten()
     logits = shapes.logits(rows * tokens, vocab, dtype, device)
 
-    def ours(logits, mask, backend=None):
+    def fused(logits, mask, backend=None):
         return {"entropy": sk.entropy_from_logits(logits, mask=mask, backend=backend)}
 
     def plain(logits, mask):
@@ -133,16 +125,20 @@ def masked_entropy(
 
     return Case(
         op="entropy_from_logits",
-        workload=f"long-tailed, {sum(lengths):,} of {rows * tokens:,} x {vocab:,}",
+        shape={
+            "layout": "long-tailed",
+            "active": sum(lengths),
+            "rows": rows * tokens,
+            "vocab": vocab,
+        },
         dtype=dtype,
         inputs={"logits": logits, "mask": mask},
-        definition=lambda logits, mask: ours(logits, mask, "reference"),
-        contenders={
-            OURS: ours,
-            "eager": plain,
-            "eager, action tokens alone": selected,
-            "torch.compile": compiled(plain),
-        },
+        definition=lambda logits, mask: fused(logits, mask, "reference"),
+        contenders=[
+            ours(fused),
+            *textbook(plain),
+            Contender("eager, action tokens alone", selected, "textbook"),
+        ],
         rows=_checked(rows * tokens),
         moved=int(mask.sum()) * vocab * logits.element_size(),
     )

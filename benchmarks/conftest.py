@@ -22,10 +22,11 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
     / f"inductor-{os.environ.get('SEGKERNELS_ISA', 'default')}"
 )
 
-import harness
+import machine
 import pytest
+import result_file
 import tables
-import torch
+from compare import compare
 
 
 def pytest_addoption(parser):
@@ -45,23 +46,23 @@ def side_by_side(request, benchmark):
     """Checks, alternates and records the contenders of a case."""
     config = request.config
     if not config.bandwidth:
-        config.bandwidth.append(harness.read_bandwidth())
+        config.bandwidth.append(machine.read_bandwidth())
 
     def run(case):
-        comparison = harness.compare(case, config.getoption("seconds"))
+        comparison = compare(case, config.getoption("seconds"))
         alternation = comparison.alternation
         benchmark.pedantic(alternation.round, rounds=alternation.rounds)
-        results = comparison.finish()
-        benchmark.extra_info["contenders"] = results
-        config.measured += results
+        line = comparison.finish()
+        benchmark.extra_info["contenders"] = line["contenders"]
+        config.measured.append(line)
 
     return run
 
 
 def _facts(config):
-    facts = harness.header(torch.device("cpu"))
+    facts = machine.header("cpu")
     # Other work on the machine only takes bandwidth away: the better of two probes is nearer.
-    config.bandwidth.append(harness.read_bandwidth())
+    config.bandwidth.append(machine.read_bandwidth())
     return facts | {"read_bandwidth": max(config.bandwidth)}
 
 
@@ -70,10 +71,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         return
     facts = _facts(config)
     terminalreporter.write_line("")
-    terminalreporter.write_line(tables.text(tables.File(facts, config.measured)))
+    terminalreporter.write_line(tables.text(result_file.File(facts, config.measured)))
     path = config.getoption("results")
     if path is not None and exitstatus == pytest.ExitCode.OK:
         if path.is_dir():
-            path = path / harness.result_file(facts).name
-        harness.write_results(path, facts, config.measured)
+            path = path / result_file.file_name(facts)
+        result_file.write(path, facts, config.measured)
         terminalreporter.write_line(f"results: {path}")

@@ -1,105 +1,293 @@
-"""``make gpu``: build, tests, compute-sanitizer and benchmarks on an NVIDIA GPU, in eight minutes.
+"""``make gpu``: build, benchmarks, tests and compute-sanitizer on an NVIDIA GPU, in eight minutes.
 
-Runs from a plain checkout under an interpreter that has torch, Triton, pybind11, CMake, pytest and
-hypothesis; asks nothing of a network. Without a GPU every step that needs none is walked, the
-others say so, and the exit status is 1, or 0 with --dry-run.
+Runs from a plain checkout under an interpreter that has torch and Triton, and uses pybind11, CMake,
+pytest, hypothesis, nvcc, compute-sanitizer and git where they are. Every result is on the disk as
+soon as it is known; a step or case that fails, crashes or takes too long is reported and costs
+nothing else. Without a GPU everything is walked on small inputs on the CPU; the exit status is then
+1, or 0 with --dry-run.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import documents
+import goals
+import result_file
+from gpu_sweep import ROW_KERNELS, recommendation
+from gpu_worker import Failed, Workers, execute
+from tables import duration, share
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # nothing of this has to be installed
-NEEDED = ("torch", "triton", "pybind11", "cmake", "pytest", "hypothesis")
-MINUTES = 8
-# Of the eight minutes, for what comes before the benchmarks, in seconds; they get the rest.
-LIMITS = {"build": 150, "tests": 120, "memcheck": 60, "racecheck": 60}
+# In a folder of its own: CMake remembers its options, and the next build may want others.
+BUILD = (*(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), "--build-temp")
+WORKER = (sys.executable, str(ROOT / "benchmarks" / "gpu_cases.py"))
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+
+# Seconds at most. Of the build's, the last 40 are for the form without the CUDA module.
+LIMITS = {
+    "machine": 60,
+    "build": 150,
+    "peers": 60,
+    "smoke": 30,
+    "case": 60,
+    "tests": 100,
+    "memcheck": 50,
+    "racecheck": 50,
+    "sweep": 60,
+}
+LAST_BUILD = 40
+REPORT = 5  # seconds kept for the end
+LEAST = 10  # seconds without which no case begins
 
 
-class Failed(RuntimeError):
-    """A step that did not pass; the run goes on, and fails at its end."""
-
-
-@dataclass
 class Run:
-    dry: bool  # there is no GPU: walk, do not measure
-    results: Path | None
-    begin: float
+    """One run: its options, the time left, and where everything is written."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.dry = options.dry_run
+        self.deadline = time.monotonic() + options.minutes * 60 - REPORT
+        scratch = options.out or ROOT / "build" / "gpu"
+        scratch.mkdir(parents=True, exist_ok=True)
+        self.log = scratch / "gpu.log"
+        self.log.write_text("")
+        self.out = options.out or (scratch if self.dry else result_file.RESULTS)
+        self.peers = ROOT / "build" / "gpu" / "peers"
+        self.path: Path | None = None
+        self.cases: dict[str, bool] = {}  # by name, whether a goal is held against it
+        self.failed: list[str] = []
+        self.workers = self._workers()
+
+    def _workers(self) -> Workers:
+        flags = ["--dry-run"] if self.dry else []
+        flags += ["--peers", str(self.peers)] if self.peers.is_dir() else []
+        # Liger would let the host wait for the device to check each call's targets.
+        variables = {"LIGER_SCALED_CE_SM90_VALIDATE_TARGETS": "0"}
+        if self.dry:
+            variables["TRITON_INTERPRET"] = "1"  # the row kernels' sweep has no other form
+        return Workers([*WORKER, *flags], self.log, **variables)
 
     @property
     def left(self) -> float:
-        return MINUTES * 60 - (time.monotonic() - self.begin)
+        return self.deadline - time.monotonic()
+
+    @property
+    def before_the_sweep(self) -> float:
+        """What is left for the steps that must leave its time to the sweep."""
+        kept = LIMITS["sweep"] if "sweep" in self.options.steps and not self.dry else 0
+        return self.left - kept
+
+    def within(self, name: str) -> float:
+        return min(LIMITS[name], self.left)
+
+    def checking(self, name: str) -> float:
+        return min(LIMITS[name], self.before_the_sweep)
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Opens the result file: its header is on the disk before anything else is tried."""
+        self.path = self.out / result_file.file_name(facts)
+        result_file.write(self.path, facts, ())
+
+    def record(self, line: dict[str, Any]) -> None:
+        assert self.path is not None
+        result_file.append(self.path, line)
+
+    def fails(self, name: str, reason: str) -> None:
+        print(f"{name}: FAILED: {reason}", flush=True)
+        self.failed.append(f"{name}: {reason}")
+
+    def execute(
+        self, command: Iterable[str], seconds: float, telling: str = "", **environment: str
+    ) -> str:
+        """Runs a command in the repository; the last line that it wrote. A failure comes with that
+        line, or with the first one that has the word ``telling``."""
+        begin = self.log.stat().st_size
+        failure = None
+        try:
+            with self.log.open("a") as log:
+                execute([*command], seconds, log, cwd=ROOT, **environment)
+        except Failed as error:
+            failure = error
+        with self.log.open(errors="replace") as log:
+            log.seek(begin)
+            lines = [line.strip() for line in log if line.strip()][1:]  # the first is the command
+        last = lines[-1] if lines else ""
+        if failure is None:
+            return last
+        told = next((x for x in lines if telling and telling in x.lower()), last)
+        raise Failed(f"{failure}: {told[:200]}" if told else str(failure))
 
 
-def _execute(command: list[str], seconds: float, **environment: str) -> None:
-    print("$", *(f"{k}={v}" for k, v in environment.items()), *command, flush=True)
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | environment, timeout=max(1, seconds)
-        )
-    except subprocess.TimeoutExpired:
-        raise Failed(f"did not end within {seconds:.0f} s") from None
-    if done.returncode:
-        raise Failed(f"exit status {done.returncode}")
+# ---- steps: each gives a word on how it went, or raises Failed ---------------------------------
 
 
-# ---- steps -------------------------------------------------------------------------------------
+def machine(run: Run) -> str:
+    for copy in (True, False):
+        try:
+            found = run.workers.run({"job": "facts", "copy": copy}, LIMITS["machine"], False)
+        except Failed as error:
+            run.fails("machine", str(error))
+            continue
+        run.cases = found["cases"]
+        run.begin(found["facts"])
+        if found["facts"]["device"] == "none" and not run.dry:
+            run.dry = True
+            run.workers = run._workers()
+            run.failed.append("machine: there is no GPU; everything was walked without one")
+        return found["facts"]["device"]
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    unknown = {"commit": None, "uncommitted": None, "versions": {}, "device": "unknown"}
+    run.begin({**unknown, "date": now, "cuda": None, "driver": None})
+    raise Failed("neither torch nor the GPU can be asked what they are")
 
 
-def packages(run: Run) -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Failed(
-            f"{sys.executable} lacks {', '.join(missing)}; choose another interpreter with "
-            "'make gpu PYTHON=...', or install them there"
-        )
+def build(run: Run) -> str:
+    ways = {
+        "with warnings as errors": "-DSEGK_CUDA=ON -DSEGK_STRICT=ON",
+        "without warnings as errors": "-DSEGK_CUDA=ON -DSEGK_STRICT=OFF",
+        "without the CUDA module": "-DSEGK_CUDA=OFF",
+    }
+    if run.dry:  # CUDA kernels are not walked
+        ways = dict(list(ways.items())[-1:])
+    end = time.monotonic() + run.within("build")
+    failures = []
+    for way, flags in ways.items():
+        last = way == "without the CUDA module"
+        if last and not run.dry:
+            for old in (ROOT / "segkernels").glob("_cuda*.so"):
+                old.unlink()  # of other sources than those that are measured
+        seconds = end - time.monotonic() - (0 if last else LAST_BUILD)
+        if seconds <= 0:
+            failures.append(f"{way}: no time was left")
+            continue
+        options = f"{os.environ.get('CMAKE_ARGS', '')} {flags}".strip()
+        try:
+            command = [*BUILD, str(ROOT / "build" / "gpu")]
+            run.execute(command, seconds, telling="error", CMAKE_ARGS=options)
+        except Failed as error:
+            failures.append(f"{way}: {error}")
+            continue
+        if failures:
+            run.fails("build", "; ".join(failures))
+        return f"built {way}"
+    raise Failed("; ".join(failures))
 
 
-def build(run: Run) -> None:
-    options = os.environ.get("CMAKE_ARGS", "") + ("" if run.dry else " -DSEGK_CUDA=ON")
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    _execute(command, LIMITS["build"], CMAKE_ARGS=options)
+def peers(run: Run) -> str:
+    if run.options.wheels is None:
+        return "skipped: no folder of wheels was named"
+    wheels = sorted(str(path.resolve()) for path in run.options.wheels.glob("*.whl"))
+    if not wheels:
+        raise Failed(f"{run.options.wheels}: expected wheels, found none")
+    shutil.rmtree(run.peers, ignore_errors=True)
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps")
+    failures = []
+    for wheel in wheels:
+        try:
+            run.execute([*pip, "--target", str(run.peers), wheel], run.within("peers"))
+        except Failed as error:
+            failures.append(f"{Path(wheel).name}: {error}")
+    run.workers = run._workers()
+    if failures:
+        raise Failed("; ".join(failures))
+    return f"{len(wheels)} wheels"
 
 
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "gpu")
+def smoke(run: Run) -> str:
+    found = run.workers.run({"job": "smoke"}, run.within("smoke"))
+    run.record({"smoke": found})
+    if found["cuda_missing"]:
+        return f"without CUDA kernels: {found['cuda_missing'][:200]}"
+    return "every kind of kernel is right"
 
 
-def tests(run: Run) -> None:
-    # The kernels' tests; those of the training layer need packages that kernels do not.
-    command = [*PYTEST, "--ignore=tests/segrlhf"]
-    if run.dry:
-        _execute([*command, "-q", "--collect-only"], LIMITS["tests"])
-        print("skipped: the tests themselves need a GPU")
+OURS, ROUNDS = "segkernels", "the rounds"  # as workers say
+
+
+def _measure(run: Run, name: str, everybody: bool, left: Callable[[], float]) -> None:
+    """Records a case, or why there is none. Whoever takes the process down is left out of the next
+    try."""
+    without: dict[str, str] = {}
+    while True:
+        request = {"job": name, "everybody": everybody, "without": without}
+        try:
+            line = run.workers.run(request, min(LIMITS["case"], left()))
+        except Failed as error:
+            culprit = error.at
+            print(f"{name}: {error}, at {culprit or 'the start'}", flush=True)
+            if culprit == ROUNDS and everybody:
+                everybody, without = False, {}
+            elif culprit == ROUNDS and goals.LIGER not in without:
+                without = {goals.LIGER: "left out, because the rounds failed"}
+            elif culprit in ("", OURS, ROUNDS, *without) or left() < LEAST:
+                run.fails(name, f"{error}, at {culprit or 'the start'}")
+                run.record({"case": name, "failed": str(error), "at": culprit})
+                return
+            else:
+                without = {**without, culprit: f"ended the process: {error}"}
+            continue
+        run.record(line)
+        file = result_file.File(result_file.read(run.path).facts, [line])
+        [case] = file.cases
+        said = "" if case.ours is None else duration(case.ours["median"])
+        print(f"{name}: {said} {share(file, case.ours, case)}", flush=True)
         return
-    _execute([*command, "--durations=5"], LIMITS["tests"], SEGKERNELS_REQUIRE="cuda,triton")
 
 
-def _sanitizer(tool: str) -> Callable[[Run], None]:
-    def step(run: Run) -> None:
-        found = shutil.which("compute-sanitizer")
-        if found is None or run.dry:
-            print(f"skipped: {'there is no compute-sanitizer' if not found else 'needs a GPU'}")
-            return
+def _cases(run: Run, names: Iterable[str], everybody: bool, left: Callable[[], float]) -> str:
+    left_out = []
+    for name in names:
+        if left() < LEAST:
+            left_out.append(name)
+        else:
+            _measure(run, name, everybody, left)
+    if left_out:
+        raise Failed(f"no time was left for {', '.join(left_out)}")
+    return "done"
+
+
+def goal_cases(run: Run) -> str:
+    names = [name for name, goal in run.cases.items() if goal]
+    return _cases(run, names, False, lambda: run.left)
+
+
+def all_cases(run: Run) -> str:
+    return _cases(run, run.cases, True, lambda: run.before_the_sweep)
+
+
+def tests(run: Run) -> str:
+    # The kernels' tests; those of the training layer need packages that kernels do not.
+    command = [*PYTEST, "--ignore=tests/segrlhf", "--continue-on-collection-errors"]
+    if run.dry:
+        return run.execute([*command, "--collect-only"], run.checking("tests"))
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(os.cpu_count())]
+    return run.execute(command, run.checking("tests"), SEGKERNELS_REQUIRE="cuda,triton")
+
+
+# Every op of tests/test_cuda.py on long, short and misaligned rows.
+SANITIZED = ("tests/test_cuda.py", "-k", "reruns_are_identical or memory_that_is_not_aligned")
+
+
+def _sanitizer(tool: str) -> Callable[[Run], str]:
+    def step(run: Run) -> str:
+        if run.dry:
+            return run.execute([*PYTEST, "--collect-only", *SANITIZED], run.checking(tool))
         # torch's allocator hands out parts of large blocks, between which nothing is out of bounds.
-        # Graph capture needs that allocator, and what torch.compile makes is not ours to check.
-        ours = ("-x", "tests/test_cuda.py", "-k", "not test_gpu_ or million")
-        _execute(
-            [found, f"--tool={tool}", "--error-exitcode=1", *PYTEST, *ours],
-            LIMITS[tool],
+        return run.execute(
+            ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", *PYTEST, *SANITIZED],
+            run.checking(tool),
             SEGKERNELS_REQUIRE="cuda,triton",
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )
@@ -107,267 +295,106 @@ def _sanitizer(tool: str) -> Callable[[Run], None]:
     return step
 
 
-def benchmarks(run: Run) -> None:
-    import harness
-    import tables
-    import torch
-
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    results: list[dict[str, Any]] = []
-    failed, left_out = [], []
-    for name, measure in cases(run):
-        # Half a minute to write results in; a case that begins later would end too late.
-        if run.left < 30 and not run.dry:
-            left_out.append(name)
+def sweep(run: Run) -> str:
+    end = time.monotonic() + run.within("sweep")
+    kernels = ROW_KERNELS[:1] if run.dry else ROW_KERNELS
+    requests: list[dict[str, Any]] = [{"job": "sweep tiles"}]
+    requests += [{"job": "sweep row kernels", "sizes": sizes} for sizes in kernels]
+    found, failures = [], []
+    for request in requests:
+        sizes = str(request.get("sizes", "tiles"))
+        if end - time.monotonic() < 5:
+            failures.append(f"{sizes}: no time was left")
             continue
-        begin = time.monotonic()
         try:
-            results += measure()
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
-        if not run.dry:
-            torch.cuda.empty_cache()
-        print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
-    if run.dry:
-        print(f"walked {len(results)} measurements on small inputs; no time of theirs is kept")
-    else:
-        facts = harness.header(torch.device("cuda"))
-        facts |= {"copy_bandwidth": harness.copy_bandwidth(event_clock), "left_out": left_out}
-        print(tables.text(tables.File(facts, results)))
-        path = (run.results or harness.RESULTS) / harness.result_file(facts).name
-        harness.write_results(path, facts, results)
-        print(f"results: {path}")
-        if run.results is None:
-            tables.main()
-    if left_out:
-        print(f"no time was left for: {', '.join(left_out)}")
-    if failed:
-        raise Failed(f"{', '.join(failed)}")
+            line = run.workers.run(request, end - time.monotonic(), request is not requests[-1])
+        except Failed as error:
+            failures.append(f"{sizes}: {error}")
+            continue
+        run.record(line)
+        found.append(line)
+    bandwidth = result_file.read(run.path).facts.get("copy_bandwidth")
+    print(recommendation(found, bandwidth))
+    if failures:
+        raise Failed("; ".join(failures))
+    return "done"
 
 
-STEPS: dict[str, Callable[[Run], None]] = {
-    "packages": packages,
+STEPS: dict[str, Callable[[Run], str]] = {
+    "machine": machine,
     "build": build,
+    "peers": peers,
+    "smoke": smoke,
+    "goals": goal_cases,
     "tests": tests,
     "memcheck": _sanitizer("memcheck"),
     "racecheck": _sanitizer("racecheck"),
-    "benchmarks": benchmarks,
+    "everybody": all_cases,
+    "sweep": sweep,
 }
-
-
-# ---- clocks ------------------------------------------------------------------------------------
-
-
-def event_clock(run: Callable[[], Any], repeats: int) -> float:
-    import torch
-
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
-def graph(runs: list[Callable[[], Any]]):
-    """All calls as one CUDA graph, so that the host's launches cost nothing; what synchronises, or
-    takes longer than launches do, is timed call by call."""
-    import torch
-    from harness import Timed
-
-    def one_by_one():
-        for run in runs:
-            run()
-
-    runs[0]()
-    if event_clock(runs[0], 1) > 20e-3:
-        return Timed(runs[0]), "calls"
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for run in runs * 2:
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(captured):
-            one_by_one()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return Timed(one_by_one, len(runs)), "calls; no CUDA graph can be captured"
-    return Timed(captured.replay, len(runs)), "CUDA graph"
-
-
-def _launches(run: Callable[[], Any]) -> dict[str, Any]:
-    """How many kernels a call launches, and whether the host waits for one."""
-    import torch
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-        waits = False
-    except RuntimeError:
-        waits = True
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        run()
-        torch.cuda.synchronize()
-    launches = sum(
-        event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
-        for event in recorded.events()
-    )
-    return {"launches": launches, "synchronises": waits}
-
-
-# ---- cases -------------------------------------------------------------------------------------
-
-
-def cases(run: Run) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
-    """The goals' measurements first, then the rest."""
-    import bench_linear
-    import bench_sequence
-    import bench_token_stats
-    import harness
-    import shapes
-    import torch
-    from harness import OURS
-
-    device = "cpu" if run.dry else "cuda"
-    bf16 = torch.bfloat16
-    seconds = 0.0 if run.dry else 0.2
-    clock = harness.wall_clock if run.dry else event_clock
-
-    def size(full: int, small: int) -> int:
-        return small if run.dry else full
-
-    def large(make: Callable[[], harness.Case]) -> Callable[[], list[dict[str, Any]]]:
-        def measure():
-            return _alternate(harness.compare(make(), seconds, clock))
-
-        return measure
-
-    def small(op: Callable[..., harness.Case], name: str, rows: int, tokens: int, **options: Any):
-        """Copies of the inputs beyond what the L2 cache holds, all in one graph."""
-
-        def make(seed: int) -> harness.Case:
-            lengths = shapes.row_lengths(name, size(rows, 4), size(tokens, 33))
-            lengths += [32] * (len(lengths) % 2)
-            return op(name, shapes.stream(lengths, device, seed=seed), **options)
-
-        def measure():
-            case = make(0)
-            if run.dry:
-                return _alternate(harness.compare(case, seconds, clock))
-            cache = torch.cuda.get_device_properties(0).L2_cache_size
-            count = min(64, max(3, math.ceil(2 * cache / max(case.moved, 1))))
-            copies = [make(seed) for seed in range(1, count)]
-            results = _alternate(harness.compare(case, seconds, clock, copies, graph))
-            ours = case.call(case.runs()[OURS])
-            for result in results:
-                if result["contender"] == OURS:
-                    result |= _launches(ours)
-            return results
-
-        return measure
-
-    vocab, rows = size(151_936, 999), size(8192, 6)
-    shape = (size(8192, 6), size(4096, 16), size(131_072, 333), bf16, device)
-    loss_shape = (size(8, 2), size(1024, 3), *shape[1:])
-    stats, sequence, linear = bench_token_stats, bench_sequence, bench_linear
-
-    def backward_alone() -> harness.Case:
-        case = stats.logprobs_and_entropy(rows, vocab, bf16, device, backward=True, forward=False)
-        # What eager forms keep for their backward pass, all at once, fills the GPU.
-        for name in ("eager", "verl"):
-            case.contenders.pop(name, None)
-        return case
-
-    yield "entropy", large(lambda: stats.entropy(rows, vocab, bf16, device))
-    yield "log-prob + entropy, backward", large(backward_alone)
-    yield "linear, forward", large(lambda: linear.linear(*shape))
-    yield "linear, forward + backward", large(lambda: linear.linear(*shape, backward=True))
-    for gated in (0.0, 0.5, 0.9):
-        policy = partial(linear.linear_policy_loss, *loss_shape, gated=gated)
-        yield f"policy loss, {gated:.0%} gated", large(policy)
-    path = sequence.boundaries_to_advantages
-    yield "boundaries to advantages", small(path, "uniform", 512, 4096)
-    yield "boundaries to advantages, 16M tokens", small(path, "uniform", 4096, 4096)
-    for backward in (False, True):
-        yield (
-            f"Bradley-Terry {'forward + backward' if backward else 'forward'}",
-            small(sequence.segment_bradley_terry, "uniform", 512, 4096, backward=backward),
-        )
-    yield "log-prob + entropy", large(lambda: stats.logprobs_and_entropy(rows, vocab, bf16, device))
-    yield (
-        "log-prob + entropy, forward + backward",
-        large(lambda: stats.logprobs_and_entropy(rows, vocab, bf16, device, backward=True)),
-    )
-    fp32 = torch.float32
-    yield "entropy, fp32", large(lambda: stats.entropy(rows, size(32_064, 999), fp32, device))
-    masked = (size(8, 2), size(1024, 3), size(32_064, 999), bf16, device)
-    yield "entropy, masked", large(lambda: stats.masked_entropy(*masked))
-    for name, rows_, tokens in (("long-tailed", 512, 8192), ("giant", 512, 16_384)):
-        yield f"boundaries to advantages, {name}", small(path, name, rows_, tokens)
-    for op in (
-        sequence.segment_ends,
-        sequence.scatter_segment_rewards,
-        sequence.segment_advantages,
-        sequence.gae,
-        sequence.whiten,
-    ):
-        yield op.__name__, small(op, "uniform", 512, 4096)
-    for op in (sequence.segment_scores, sequence.policy_loss, sequence.value_loss):
-        yield op.__name__, small(op, "uniform", 512, 4096, backward=True)
-
-
-def _alternate(comparison: Any) -> list[dict[str, Any]]:
-    for _ in range(comparison.alternation.rounds):
-        comparison.alternation.round()
-    return comparison.finish()
 
 
 # ---- the run -----------------------------------------------------------------------------------
 
 
-def main() -> int:
+def take(run: Run, name: str) -> None:
+    """Takes a step, and records how it went."""
+    begin = time.monotonic()
+    where = run.log.stat().st_size
+    print(f"== {name} ({run.left:.0f} s left)", flush=True)
+    line: dict[str, Any] = {"step": name}
+    try:
+        if run.left <= 0 and run.path is not None:
+            raise Failed("no time was left")
+        line["passed"] = STEPS[name](run)
+        print(f"{name}: {line['passed']}", flush=True)
+    except Failed as error:
+        line["failed"] = str(error)
+        with run.log.open(errors="replace") as log:
+            log.seek(where)
+            print("".join(log.readlines()[-15:])[-1500:], end="")
+        run.fails(name, str(error))
+    finally:
+        run.workers.close()
+    run.record(line | {"seconds": time.monotonic() - begin})
+
+
+def report(run: Run) -> None:
+    """The last lines of a run: what failed, and the goals."""
+    if run.path is None:
+        return
+    file = result_file.read(run.path)
+    print(f"\nresults: {run.path}\nlog: {run.log}")
+    for failure in run.failed[:20]:
+        print(f"FAILED: {failure[:200]}")
+    print(goals.table(goals.GPU_GOALS, [file]).text(), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dry-run", action="store_true", help="succeed without a GPU")
-    parser.add_argument("--results", type=Path, help="directory for the result file")
+    parser.add_argument("--dry-run", action="store_true", help="walk, and succeed, without a GPU")
+    parser.add_argument("--minutes", type=float, default=8, help="for everything (default 8)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for results and log; documents are then left as they are"
+    )
+    parser.add_argument("--wheels", type=Path, help="folder of peers that are not installed")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.steps = ["machine", *(name for name in options.steps if name != "machine")]
 
-    run = Run(dry=True, results=options.results, begin=time.monotonic())
-    if importlib.util.find_spec("torch") is not None:
-        import torch
-
-        gpu = torch.cuda.is_available() and not options.dry_run
-        run = replace(run, dry=not gpu)
-        print(f"GPU: {torch.cuda.get_device_name()}" if gpu else "GPU: none is used")
-    failed = []
-    for name in options.steps:
-        print(f"== {name} ({run.left:.0f} s left)", flush=True)
-        try:
-            STEPS[name](run)
-        except Failed as error:
-            print(f"{name}: FAILED: {error}", flush=True)
-            failed.append(name)
-            if name in ("packages", "build"):
-                break
-    if failed:
-        print(f"FAILED: {', '.join(failed)}")
-        return 1
-    if run.dry and not options.dry_run:
-        print("FAILED: there is no GPU; every step that needs none has passed")
-        return 1
-    print(f"passed in {MINUTES * 60 - run.left:.0f} s" + (", dry run" if run.dry else ""))
-    return 0
+    run = Run(options)
+    try:
+        for name in options.steps:
+            take(run, name)
+        if options.out is None and not run.dry:
+            documents.rewrite()
+    except KeyboardInterrupt:
+        run.failed.append("interrupted")
+    finally:
+        report(run)
+    return 1 if run.failed else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -128,21 +128,21 @@ def linear_fwd(
     workspace: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, their statistics, and the logits [N, V]: none, or each in the place of its
-    row of hidden."""
+    """logprobs, entropy, their statistics, and the logits, each where its row of hidden is, with
+    what ``Space.row_stride`` adds to it; none without ``keep_logits``."""
     if values_may_be_checked(hidden):
         check_row_values(weight.shape[0], targets, temperatures, mask)
     kernels = row_kernels(backend)
     space = Space.of(backend, workspace, hidden)
     rows = HiddenRows(hidden, mask, space.dtype)
-    kept = native.empty(hidden, *_kept_shape(hidden, weight, keep_logits), dtype=space.dtype)
+    kept = native.empty(hidden, *_kept_shape(hidden, weight, keep_logits, space), dtype=space.dtype)
     if rows.index is not None:
         kept.zero_()
     space = space.beside(kept)
     height = space.height(rows)
-    columns = space.columns(height, weight)
+    columns = space.columns(height, rows, weight)
     projection = Projection(weight, bias, space.dtype, columns)
-    tile = native.empty(hidden, height * columns, dtype=space.dtype)
+    tile = native.empty(hidden, height, space.row_stride(columns), dtype=space.dtype)
     targets, temperatures = each(rows.take, targets, temperatures)
     logprobs, entropy, stats = empty_stats(torch.Size([rows.count]), targets, hidden)
     for block in parts_of(rows.count, height):
@@ -155,7 +155,7 @@ def linear_fwd(
             if keep_logits and rows.index is None:
                 logits = kept[block, part]
             else:
-                logits = tile[: len(x) * len(panel)].view(len(x), len(panel))
+                logits = tile[: len(x), : len(panel)]
             projection.logits(x, part, panel, logits)
             if keep_logits and rows.index is not None:
                 kept[:, part].index_copy_(0, rows.index[block], logits)
@@ -173,9 +173,9 @@ def linear_fwd(
     return logprobs, rows.put(entropy), rows.put(stats), kept
 
 
-def _kept_shape(hidden: Tensor, weight: Tensor, keep_logits: bool) -> tuple[int, int]:
+def _kept_shape(hidden: Tensor, weight: Tensor, keep_logits: bool, space: Space) -> tuple[int, int]:
     rows = hidden.numel() // weight.shape[1]  # torch.Size.numel() would fix the sizes of a graph
-    return rows if keep_logits else 0, weight.shape[0]
+    return rows if keep_logits else 0, space.row_stride(weight.shape[0])
 
 
 @linear_fwd.register_fake
@@ -191,8 +191,8 @@ def _(
     workspace,
     backend,
 ):
-    dtype = Space.of(backend, workspace, hidden).dtype
-    kept = hidden.new_empty(_kept_shape(hidden, weight, keep_logits), dtype=dtype)
+    space = Space.of(backend, workspace, hidden)
+    kept = hidden.new_empty(_kept_shape(hidden, weight, keep_logits, space), dtype=space.dtype)
     return *empty_stats(hidden.shape[:-1], targets, hidden), kept
 
 
@@ -227,9 +227,9 @@ def linear_bwd(
     # Every slice of dweight is rounded once: by its one product, or from a float32 sum.
     one_product = rows.count <= height and weight.dtype == space.dtype
     sums_apart = need_weight and not one_product and weight.dtype != torch.float32
-    columns = space.columns(height, weight, sums_apart)
+    columns = space.columns(height, rows, weight, sums_apart)
     projection = Projection(weight, bias, space.dtype, columns)
-    tile = native.empty(hidden, height * columns, dtype=space.dtype)
+    tile = native.empty(hidden, height, space.row_stride(columns), dtype=space.dtype)
     per_row = each(rows.take, targets, temperatures, stats, dlogprobs, dentropy)
 
     dhidden = native.empty(hidden, keep.numel() if need_hidden else 0, hidden.shape[-1])
@@ -240,7 +240,7 @@ def linear_bwd(
         dw = dweight[part] if sums is None else sums[: len(panel)]
         for block in parts_of(rows.count, height):
             x = rows.read(block)
-            gradient = tile[: len(x) * len(panel)].view(len(x), len(panel))
+            gradient = tile[: len(x), : len(panel)]
             logits = gradient
             if not len(kept):
                 projection.logits(x, part, panel, logits)

@@ -77,8 +77,8 @@ def linear_policy_loss(
     chunk by chunk of tokens whose logits fit ``workspace``: three products, of which rows outside
     the mask take no part in any, and rows without gradient (clipped, or of advantage 0, and neither
     KL nor entropy term) only in the first. The backward pass multiplies them by the gradient of the
-    loss, and for that moment holds them twice. Where none is wanted (``torch.no_grad``) there is
-    one product. A second derivative is refused.
+    loss where they are, so that there is one: a second backward pass, and ``create_graph``, raise
+    RuntimeError. Where no gradient is wanted (``torch.no_grad``) there is one product.
 
     The gradient of bfloat16 weights is rounded after every chunk. Where that would be more than 16
     times, where a chunk would have less than 32 rows, and always in float16, whose range needs the
@@ -302,24 +302,83 @@ class _Chunks:
         space = Space.of(backend, workspace, hidden)
         self.rows = HiddenRows(hidden, mask, space.dtype)
         vocabulary, hidden_size = weight.shape
+        self.row_stride = space.row_stride(vocabulary)
         size = space.dtype.itemsize
-        converts = weight.dtype != space.dtype
-        # Float32 sums of a slice of dweight, which is rounded after each chunk.
-        self.sums_apart = converts and weight.dtype != torch.float32
+        row_bytes = size * self.row_stride
+        copies = Projection.copies(weight, space.dtype)
+        # Float32 sums of a slice of dweight, which is rounded after each product.
+        self.sums_apart = weight.dtype not in (space.dtype, torch.float32)
         self.columns = vocabulary
-        if converts:
+        if copies or self.sums_apart:
             self.columns = even_part(vocabulary, space.total // 16 // (4 * hidden_size), 128)
-        panels = self.columns * hidden_size * (size * converts + 4 * self.sums_apart)
-        self.moved = max(1, space.total // 32 // (size * vocabulary))
+        panels = self.columns * hidden_size * (size * copies + 4 * self.sums_apart)
+        self.moved = max(1, space.total // 32 // row_bytes)
         # Twice the hidden states (those in the mask, those with a gradient), theirs before the
         # conversion, and their gradient before and after one.
         states = hidden_size * (2 * size + 4 + 2 * hidden.dtype.itemsize)
         # An eighth is left to the few numbers per token, and to the buffers of the products.
-        free = space.total - space.total // 8 - panels - self.moved * size * vocabulary
-        most = free // (size * vocabulary + states)
-        self.height = even_part(self.rows.count, most, 128)
-        rounds = weight.dtype.itemsize < 4 and self.rows.count > MOST_ROUNDINGS * self.height
-        self.worthwhile = not rounds and most >= min(FEWEST_ROWS, self.rows.count)
+        free = space.total - space.total // 8 - panels - self.moved * row_bytes
+        most = free // (row_bytes + states)
+        half = weight.dtype.itemsize < 4  # dweight is rounded after every chunk
+        least = -(-self.rows.count // MOST_ROUNDINGS) if half else 0
+        self.height = space.chunk(self.rows.count, least, most, hidden_size)
+        self.worthwhile = self.height >= least and most >= min(FEWEST_ROWS, self.rows.count)
+
+
+class _Gradients:
+    """Gradients of the loss in hidden, weight and bias, from dlogits that come tile by tile."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: list[bool],
+        chunks: _Chunks,
+        projection: Projection,
+    ):
+        self.needs = needs
+        self.rows, self.projection = chunks.rows, projection
+        self.dhidden, self.dweight, dbias = _empty_gradients((hidden, weight, bias), needs)
+        self.dhidden.zero_()
+        self.dbias = native.empty(dbias, *dbias.shape).zero_()
+        self.bias_dtype = dbias.dtype
+        need_hidden, need_weight, _ = needs
+        self.dx = native.empty(hidden, chunks.height if need_hidden else 0, hidden.shape[-1])
+        self.sums: Tensor | None = None
+        if need_weight and chunks.sums_apart:
+            self.sums = projection.scratch(torch.float32)
+        self.started = False
+
+    def add(self, dlogits: Tensor, x: Tensor, positions: Tensor) -> None:
+        """dlogits [B, V] of hidden states [B, D], which stand at ``positions`` [B]."""
+        need_hidden, need_weight, need_bias = self.needs
+        for part, panel in self.projection.slices():
+            if need_hidden:
+                add_product(self.dx[: len(x)], dlogits[:, part], panel, start=part.start == 0)
+            if need_weight:
+                self._add_to_dweight(part, dlogits[:, part], x)
+        if need_hidden:
+            dx = self.dx[: len(x)].to(self.dhidden.dtype)
+            self.dhidden.view(-1, self.dhidden.shape[-1]).index_copy_(0, positions, dx)
+        if need_bias:
+            self.dbias += dlogits.sum(0, dtype=torch.float32)
+        self.started = True
+
+    def _add_to_dweight(self, part: slice, dlogits: Tensor, x: Tensor) -> None:
+        dw = self.dweight[part]
+        if self.sums is not None:
+            dw = self.sums[: len(dw)]
+            if self.started:
+                dw.copy_(self.dweight[part])
+        add_product(dw, dlogits.t(), x, start=not self.started)
+        if self.sums is not None:
+            self.dweight[part] = dw
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.started:
+            self.dweight.zero_()
+        return self.dhidden, self.dweight, self.dbias.to(self.bias_dtype)
 
 
 def _three_products(
@@ -334,26 +393,27 @@ def _three_products(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """logprobs, entropy, (dhidden, dweight, dbias)."""
-    need_hidden, need_weight, need_bias = needs
+    """logprobs, entropy, (dhidden, dweight, dbias).
+
+    The tile keeps, at its front, the dlogits of rows that have a gradient; the logits of the next
+    rows are computed behind them. dX and dW are computed when it is full.
+    """
     kernels = row_kernels(backend)
     rows, vocabulary = chunks.rows, weight.shape[0]
     projection = Projection(weight, bias, rows.dtype, chunks.columns)
-    tile = native.empty(hidden, chunks.height * vocabulary, dtype=rows.dtype)
+    tile = native.empty(hidden, chunks.height, chunks.row_stride, dtype=rows.dtype)[:, :vocabulary]
     targets, temperatures = each(rows.take, targets, temperatures)
     objective = objective.map(rows.take)
     logprobs, entropy, stats = empty_stats(torch.Size([rows.count]), targets, hidden)
+    gradients = _Gradients(hidden, weight, bias, needs, chunks, projection)
 
-    dhidden = native.empty(hidden, *hidden.shape if need_hidden else (0,), dtype=hidden.dtype)
-    dhidden.zero_()
-    dweight = native.empty(weight, *weight.shape if need_weight else (0,), dtype=weight.dtype)
-    dbias = native.empty(hidden, vocabulary if need_bias else 0).zero_()
-    dx = native.empty(hidden, chunks.height if need_hidden else 0, hidden.shape[-1])
-    sums = projection.scratch(torch.float32) if need_weight and chunks.sums_apart else None
-    started = False
-    for block in parts_of(rows.count, chunks.height):
+    waiting: list[Tensor] = []  # positions of the rows at the front of the tile
+    filled = begin = 0
+    while begin < rows.count:
+        block = slice(begin, min(begin + chunks.height - filled, rows.count))
+        begin = block.stop
         x = rows.read(block)
-        logits = tile[: len(x) * vocabulary].view(len(x), vocabulary)
+        logits = tile[filled : filled + len(x)]
         for part, panel in projection.slices():
             projection.logits(x, part, panel, logits[:, part])
         at_rows = each(itemgetter(block), targets, temperatures)
@@ -369,37 +429,24 @@ def _three_products(
         at_rows += [stats[block], dlogprobs, dentropy]
         if may_synchronise(hidden):
             active = ((dlogprobs != 0) | (dentropy != 0)).nonzero().squeeze(1)
-            if len(active) == 0:
-                continue
             if len(active) < len(x):
                 logits = _moved_forward(logits, active, chunks.moved)
-                x, positions, *at_rows = each(itemgetter(active), x, positions, *at_rows)
+                positions, *at_rows = each(itemgetter(active), positions, *at_rows)
         targets_b, temperatures_b, *upstream = at_rows
-        tile_rows = vocab.Rows(logits, targets_b, temperature, temperatures_b)
-        kernels.backward(tile_rows, *upstream, logits)
-        for part, panel in projection.slices():
-            dlogits = logits[:, part]
-            if need_hidden:
-                add_product(dx[: len(x)], dlogits, panel, start=part.start == 0)
-            if need_weight:
-                dw = dweight[part]
-                if sums is not None:
-                    dw = sums[: len(panel)]
-                    if started:
-                        dw.copy_(dweight[part])
-                add_product(dw, dlogits.t(), x, start=not started)
-                if sums is not None:
-                    dweight[part] = dw
-        if need_hidden:
-            dx_b = dx[: len(x)].to(hidden.dtype)
-            dhidden.view(-1, hidden.shape[-1]).index_copy_(0, positions, dx_b)
-        if need_bias:
-            dbias += logits.sum(0, dtype=torch.float32)
-        started = True
-    if not started:
-        dweight.zero_()
-    dbias = dbias.to(hidden.dtype if bias is None else bias.dtype)
-    return rows.put(logprobs), rows.put(entropy), (dhidden, dweight, dbias)
+        if len(logits):
+            tile_rows = vocab.Rows(logits, targets_b, temperature, temperatures_b)
+            kernels.backward(tile_rows, *upstream, logits)
+        whole = filled == 0 and len(logits) == len(x)  # hidden states that are at hand
+        waiting.append(positions)
+        filled += len(logits)
+        # Forward products of fewer rows spend more time on moving the weight than one of dW does.
+        full = chunks.height - filled <= chunks.height // 4
+        if filled and (full or begin == rows.count):
+            positions = torch.cat(waiting)
+            x = x if whole else rows.gather(positions)
+            gradients.add(tile[:filled], x, positions)
+            waiting, filled = [], 0
+    return rows.put(logprobs), rows.put(entropy), gradients.results()
 
 
 def _moved_forward(logits: Tensor, active: Tensor, size: int) -> Tensor:
@@ -410,31 +457,17 @@ def _moved_forward(logits: Tensor, active: Tensor, size: int) -> Tensor:
     return logits[: len(active)]
 
 
-@torch.library.custom_op("segkernels::linear_policy_loss_bwd", mutates_args=())
-def _policy_bwd(
-    dloss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dhidden: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each gradient times dloss. Not in place: the graph may be kept and differentiated again.
-
-    The tensors that the gradients are in are here to be seen by autograd, which then refuses a
-    second derivative.
-    """
-    return _scaled(dhidden, dloss), _scaled(dweight, dloss), _scaled(dbias, dloss)
-
-
-def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
-    """The product in fp32, rounded once; in pieces: on CPUs torch first converts whole operands."""
-    out = torch.empty_like(gradient)
-    size = max(gradient.numel(), 1) if gradient.is_cuda else 1 << 18
-    for part in parts_of(gradient.numel(), size):
-        torch.mul(gradient.view(-1)[part], dloss.view(1), out=out.view(-1)[part])
-    return out
+@torch.library.custom_op(
+    "segkernels::linear_policy_loss_bwd_", mutates_args=("dhidden", "dweight", "dbias")
+)
+def _policy_bwd_(dloss: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor) -> None:
+    """Each gradient times dloss: the product in fp32, rounded once."""
+    for gradient in (dhidden, dweight, dbias):
+        # On CPUs in pieces, because torch first converts whole operands.
+        size = gradient.numel() if gradient.is_cuda else 1 << 18
+        for part in parts_of(gradient.numel(), size):
+            piece = gradient.view(-1)[part]
+            torch.mul(piece, dloss.view(1), out=piece)
 
 
 def _empty_gradients(
@@ -456,24 +489,36 @@ def _(hidden, weight, bias, needs, targets, *_):
     return _Results(loss, logprobs, entropy, clip_fraction, approx_kl, *gradients)
 
 
-@_policy_bwd.register_fake
-def _(dloss, hidden, weight, bias, *gradients):
-    return tuple(torch.empty_like(gradient) for gradient in gradients)
+@_policy_bwd_.register_fake
+def _(dloss, *_):
+    return None
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, *_ = inputs
     loss, *others = output
     results = _Results(loss, *others)
-    ctx.save_for_backward(hidden, weight, bias, results.dhidden, results.dweight, results.dbias)
+    ctx.save_for_backward(results.dhidden, results.dweight, results.dbias)
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
+    ctx.spent = False
 
 
 def _backward(ctx, dloss, *_):
-    gradients = _policy_bwd(dloss, *ctx.saved_tensors)
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_policy_loss: expected create_graph=False, got True; it has no second "
+            "derivative. policy_loss of linear_logprobs_and_entropy has one"
+        )
+    if ctx.spent:
+        raise RuntimeError(
+            "linear_policy_loss: expected one backward pass, got a second one, after the first has "
+            "scaled the gradients in place; compute the loss again"
+        )
+    ctx.spent = True
+    gradients = ctx.saved_tensors
+    _policy_bwd_(dloss, *gradients)
     needs, constants = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
-    needed = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    needed = (g.detach() if need else None for g, need in zip(gradients, needs, strict=True))
     return (*needed, *(None for _ in constants))
 
 

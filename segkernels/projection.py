@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,57 +17,135 @@ WORKSPACE = {"native": 64 << 20, "triton": 512 << 20}
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How the products are cut into tiles of logits; only benchmarks set others than these."""
+
+    tile: float  # share of the workspace that a tile of logits may take
+    # Where not all fit: slices of the vocabulary have a multiple of so many columns, chunks of the
+    # policy loss so many rows. 0: on GPUs as ``Space`` finds best, on CPUs what memory allows.
+    columns: int = 0
+    rows: int = 0
+
+
+# On CPUs the row kernels shall find the tile in the cache.
+TILINGS = {"native": Tiling(1 / 16), "triton": Tiling(3 / 4)}
+
+# What a processor of a GPU computes of a product at a time, rows by columns.
+BLOCK = (128, 256)
+PROCESSORS = 132  # of an H100; where Triton's interpreter takes the place of a GPU
+
+
+@dataclass(frozen=True)
 class Space:
-    """Memory that one pass may take, and the dtype that it computes logits in.
+    """Memory that one pass may take, the dtype that it computes logits in, and their tiles.
 
     CPUs compute in fp32: most have no half-precision product, and torch's is many times slower
-    there. Their tile stays small, so that the row kernels find it in the cache. GPUs compute in the
-    hidden states' dtype, as the model itself does.
+    there. GPUs compute in the hidden states' dtype, as the model itself does.
     """
 
     dtype: torch.dtype
-    total: int
-    tile: int  # of logits
-    panel: int  # of hidden states, of the weight, or of its gradient
+    total: int  # bytes
+    tiling: Tiling
+    gpu: torch.device | None  # None computes as CPUs do
 
     @classmethod
     def of(cls, backend: str, workspace: int | None, hidden: Tensor) -> Space:
-        workspace = WORKSPACE[backend] if workspace is None else workspace
-        panel = workspace * 3 // 16
+        total = WORKSPACE[backend] if workspace is None else workspace
         if backend == "native":
-            return cls(torch.float32, workspace, workspace // 16, panel)
-        return cls(hidden.dtype, workspace, workspace * 3 // 8, panel)
+            return cls(torch.float32, total, TILINGS[backend], None)
+        return cls(hidden.dtype, total, TILINGS[backend], hidden.device)
 
     def beside(self, kept: Tensor) -> Space:
         """What these logits leave of it."""
-        left = 1 - kept.nbytes / self.total
-        sizes = (int(size * left) for size in (self.total, self.tile, self.panel))
-        return Space(self.dtype, *sizes)
+        return replace(self, total=self.total - kept.nbytes)
+
+    def row_stride(self, columns: int) -> int:
+        """Elements from one row of logits to the next.
+
+        On GPUs a multiple of 64, so that every row is aligned for vector loads and for the
+        products, whatever the vocabulary; rows shorter than that stay as they are.
+        """
+        return columns if self.gpu is None or columns < 64 else -(-columns // 64) * 64
+
+    @property
+    def _processors(self) -> int:
+        """Of the GPU, which compute a block of a product each at a time."""
+        if self.gpu is None or self.gpu.type != "cuda":
+            return PROCESSORS
+        return torch.cuda.get_device_properties(self.gpu).multi_processor_count
+
+    @property
+    def _tile(self) -> int:
+        """Elements of the largest tile."""
+        return int(self.total * self.tiling.tile) // self.dtype.itemsize
+
+    @property
+    def _panel(self) -> int:
+        """Bytes of hidden states, of a slice of the weight, or of one of its gradient."""
+        return self.total * 3 // 16
 
     def height(self, rows: HiddenRows) -> int:
-        """Rows of a tile."""
+        """Rows of a tile that is a slice of the columns: all, or as many as fit."""
         # At most four times as many as its columns: the products want neither side short.
-        most = max(1, 2 * math.isqrt(self.tile // self.dtype.itemsize))
+        most = max(1, 2 * math.isqrt(self._tile))
         if rows.copies:
-            most = min(most, self.panel // (self.dtype.itemsize * rows.hidden.shape[-1]))
-        return even_part(rows.count, most)
+            most = min(most, self._panel // (self.dtype.itemsize * rows.hidden.shape[-1]))
+        return even_part(rows.count, most, 1 if self.gpu is None else BLOCK[0])
 
-    def columns(self, height: int, weight: Tensor, sums: bool = False) -> int:
-        """Columns of a tile: slices of the weight are as many, and ``sums`` of its gradient."""
-        most = self.tile // (self.dtype.itemsize * height)
-        if weight.dtype != self.dtype:
-            most = min(most, self.panel // (self.dtype.itemsize * weight.shape[1]))
+    def columns(self, height: int, rows: HiddenRows, weight: Tensor, sums: bool = False) -> int:
+        """Columns of such a tile, and of slices of the weight and ``sums`` of its gradient."""
+        size, (vocabulary, hidden_size) = self.dtype.itemsize, weight.shape
+        copied = height * hidden_size * size if rows.copies else 0
+        per_column = height * size
+        most = self._tile // height
+        if Projection.copies(weight, self.dtype):
+            most = min(most, self._panel // (hidden_size * size))
+            per_column += hidden_size * size
         if sums:
-            most = min(most, self.panel // (4 * weight.shape[1]))
-        return even_part(weight.shape[0], most, 128)
+            most = min(most, self._panel // (hidden_size * 4))
+            per_column += hidden_size * 4
+        # A sixteenth is left to the few numbers per row, and to the buffers of the products.
+        most = min(most, (self.total - self.total // 16 - copied) // per_column)
+        if self.row_stride(vocabulary) <= most:
+            return vocabulary
+        if self.gpu is None:
+            return even_part(vocabulary, most, 128)
+        # dW has a block for every BLOCK of these columns and of the hidden size. A quarter as many
+        # along the columns as there are processors leave none idle, where a multiple of four is
+        # along the hidden size.
+        width = self.tiling.columns or BLOCK[1] * self._processors // 4
+        return most // width * width if width <= most else even_part(vocabulary, most, 128)
+
+    def chunk(self, count: int, least: int, most: int, hidden_size: int) -> int:
+        """Rows of a tile of whole rows, ``least`` to ``most``: ``count`` or a share of these.
+
+        On GPUs as many as leave the fewest processors idle while dX is computed, which has few
+        blocks: one for every BLOCK of these rows and of the hidden states.
+        """
+        if count <= most or self.gpu is None or most < BLOCK[0]:
+            return even_part(count, most, 128)
+        if self.tiling.rows:
+            return min(self.tiling.rows, most)
+        processors = self._processors
+
+        def busy(rows: int) -> float:
+            blocks = rows // BLOCK[0] * -(-hidden_size // BLOCK[1])
+            return blocks / (-(-blocks // processors) * processors)
+
+        # Each chunk reads the weight: none is less than half of what could be.
+        least = max(least, most // 2, BLOCK[0])
+        heights = range(-(-least // BLOCK[0]) * BLOCK[0], most + 1, BLOCK[0])
+        return max(
+            heights, key=lambda rows: (busy(rows), rows), default=even_part(count, most, 128)
+        )
 
 
 def room_for_logits(hidden: Tensor, weight: Tensor, workspace: int | None, backend: str) -> bool:
     """Whether all logits fit half the workspace: kept from the forward pass, they save the
     backward pass one product of four."""
     space = Space.of(backend, workspace, hidden)
-    size = hidden.numel() // weight.shape[1] * weight.shape[0] * space.dtype.itemsize
-    fits = 2 * size <= space.total
+    rows, stride = hidden.numel() // weight.shape[1], space.row_stride(weight.shape[0])
+    fits = 2 * rows * stride * space.dtype.itemsize <= space.total
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -179,9 +257,14 @@ class HiddenRows:
         if self.index is None:
             x = self.hidden.view(-1, self.hidden.shape[-1])[block]
         else:
-            x = self.hidden[torch.unravel_index(self.index[block], self.hidden.shape[:-1])]
+            x = self.gather(self.index[block])
         if self.mask is not None:
             x = x.masked_fill(~self.mask[block, None], 0)
+        return x.to(self.dtype)
+
+    def gather(self, positions: Tensor) -> Tensor:
+        """[B, D] hidden states of rows that stand at these positions among all of hidden's."""
+        x = self.hidden[torch.unravel_index(positions, self.hidden.shape[:-1])]
         return x.to(self.dtype)
 
     def positions(self, block: slice) -> Tensor:
@@ -224,7 +307,16 @@ class Projection:
         self.weight = weight
         self.bias = None if bias is None else bias.to(dtype)
         self.columns = columns
-        self.panel = self.scratch(dtype) if weight.dtype != dtype else None
+        self.panel = self.scratch(dtype) if self.copies(weight, dtype) else None
+
+    @staticmethod
+    def copies(weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a slice of the weight is copied before the products take it.
+
+        Those of other strides than rows one after the other, too: they may be summed in another
+        order, so that equal numbers would not give equal results.
+        """
+        return weight.dtype != dtype or not weight.is_contiguous()
 
     def scratch(self, dtype: torch.dtype) -> Tensor:
         return native.empty(self.weight, self.columns, self.weight.shape[1], dtype=dtype)

@@ -54,6 +54,17 @@ def addressable(logits: Tensor) -> Tensor:
     return logits if adjacent and len(_leading(logits)) <= 2 else logits.contiguous()
 
 
+def row_stride(dlogits: Tensor) -> int:
+    """Elements from one row of dlogits to the next; 0 if there is one row or none."""
+    _, outer_stride, stride = Rows(dlogits, None, 1.0).strides
+    if outer_stride:
+        raise ValueError(
+            f"dlogits: expected rows that are equally far apart, got strides {dlogits.stride()} of "
+            f"shape {list(dlogits.shape)}; pass a contiguous tensor or columns of one"
+        )
+    return stride
+
+
 def empty_states(logits: Tensor) -> Tensor:
     """[..., 4] what is known of rows before their first column."""
     states = torch.zeros(*logits.shape[:-1], 4, dtype=torch.float64, device=logits.device)

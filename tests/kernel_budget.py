@@ -6,7 +6,8 @@
 What is compiled is what real calls launch: they run here, on CPU tensors, up to the launch. The
 budget, kernel_budget.json, has [registers of a thread, bytes of shared memory] of each kernel for
 each minor version of Triton; a version without numbers is held to the largest of the others.
-Nothing may spill, and kernels of aligned rows must move 16 bytes an instruction.
+Nothing may spill, and kernels of rows that begin on 16 bytes must move 16 bytes an instruction up
+to the row's last whole vector.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -40,10 +42,18 @@ DTYPES = ["float32", "bfloat16", "float16"]
 BUDGET = Path(__file__).with_suffix(".json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# 16-byte instructions that a kernel of aligned rows has at least.
+# (rows, columns, row stride). Aligned rows begin and end on multiples of 16 bytes, padded ones only
+# begin there, odd ones do neither.
+ROWS = {
+    "aligned": (2, 151_936, 151_936),
+    "padded": (2, 50_257, 50_304),
+    "odd": (2, 50_257, 50_257),
+}
+# The fewest instructions that move 16 bytes in a kernel of rows that begin on 16 bytes: those of a
+# whole block, and that of a block of one vector a lane.
 WIDE = {
-    "accumulate": {"LDG": kernels.UNROLL.value},
-    "backward": {"LDG": kernels.UNROLL_BACKWARD.value, "STG": kernels.UNROLL_BACKWARD.value},
+    "accumulate": {"LDG": kernels.DEFAULTS.unroll + 1},
+    "backward": dict.fromkeys(("LDG", "STG"), kernels.DEFAULTS.unroll_backward + 1),
 }
 
 
@@ -77,10 +87,13 @@ def compiled_by(call: Callable[[], None], architecture: int) -> list[Any]:
 
 
 def call_kernels(
-    dtype: torch.dtype, vocab: int, everything: bool, rows: int = 2, stride: int = 0, first: int = 0
+    dtype: torch.dtype, rows: int, vocab: int, stride: int, everything: bool, first: int = 0
 ) -> None:
     """Accumulate, finish and backward, with all optional arguments or none."""
-    logits = torch.empty_strided((rows, vocab), (stride or vocab, 1), dtype=dtype, device="meta")
+    logits, dlogits = (
+        torch.empty_strided((rows, vocab), (stride, 1), dtype=dtype, device="meta")
+        for _ in range(2)
+    )
     up, entropy, stats = torch.ones(rows), torch.empty(rows), torch.empty(rows, 3)
     states = torch.empty(rows, 4, dtype=torch.float64)
     if everything:
@@ -90,7 +103,7 @@ def call_kernels(
         of, mask, logprobs = Rows(logits, None, 1.0, None, first), None, None
     kernels.accumulate(of, mask, states)
     kernels.finish(of, mask, states, logprobs, entropy, stats)
-    kernels.backward(of, stats, logprobs, up, torch.empty_like(logits))
+    kernels.backward(of, stats, logprobs, up, dlogits)
 
 
 def configurations(architecture: int, dtypes: list[str]) -> dict[str, Any]:
@@ -98,14 +111,15 @@ def configurations(architecture: int, dtypes: list[str]) -> dict[str, Any]:
     found = {}
     for short in dtypes:
         dtype = getattr(torch, short)
-        for rows, vocab, everything in (
-            ("aligned", 151_936, True),
-            ("aligned", 151_936, False),
-            ("odd", 50_257, True),
+        for rows, everything in (
+            ("aligned", True),
+            ("aligned", False),
+            ("padded", True),
+            ("odd", True),
         ):
             what = f"{rows} rows, {'all arguments' if everything else 'logits only'}"
             accumulate, finish, backward = compiled_by(
-                lambda d=dtype, v=vocab, e=everything: call_kernels(d, v, e), architecture
+                lambda d=dtype, r=rows, e=everything: call_kernels(d, *ROWS[r], e), architecture
             )
             found[f"accumulate {short}, {what}"] = accumulate
             found[f"backward {short}, {what}"] = backward
@@ -118,12 +132,12 @@ def compiled_again(architecture: int) -> list[str]:
 
     def all_sizes() -> None:
         for rows, vocab, stride, first in (
-            (2, 151_936, 0, 0),
-            (1, 1024, 0, 1),
+            (2, 151_936, 151_936, 0),
+            (1, 1024, 1024, 1),
             (16, 8, 2**33, 2**20),
-            (70_000, 128_256, 0, 16),
+            (70_000, 128_256, 128_256, 16),
         ):
-            call_kernels(torch.bfloat16, vocab, True, rows, stride, first)
+            call_kernels(torch.bfloat16, rows, vocab, stride, True, first)
 
     count = len({kernel.hash for kernel in compiled_by(all_sizes, architecture)})
     return [] if count == 3 else [f"sm_{architecture}: sizes make {count} kernels of 3"]
@@ -143,6 +157,44 @@ def disassembled(cubin: bytes) -> tuple[str, str]:
     return usage, sass
 
 
+def moved(sass: str, instruction: str) -> Counter[int]:
+    """How many instructions move how many bytes."""
+    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+    count: Counter[int] = Counter()
+    for modifiers in re.findall(rf"\b{instruction}\.E([.\w]*)", sass):
+        count[next((sizes[m] for m in modifiers.split(".") if m in sizes), 4)] += 1
+    return count
+
+
+def single_elements(name: str) -> dict[str, int]:
+    """The most instructions that move a single logit, or as many bytes, in a kernel of rows that
+    begin on 16 bytes."""
+    scalars = 0  # other numbers of the row that are as large as a logit
+    everything = "all arguments" in name
+    rest = "padded" in name  # the columns behind the last whole vector, one a lane
+    if name.startswith("accumulate"):
+        if "float32" in name:
+            scalars = everything  # its temperature
+        return {"LDG": scalars + everything + rest, "STG": 0}  # with the target's logit
+    if "float32" in name:
+        scalars = 6 if everything else 4  # stats, upstream gradients, temperature
+    return {"LDG": scalars + rest, "STG": 2 * rest}  # gradients, or zeros
+
+
+def narrow_or_missing(name: str, sass: str) -> list[str]:
+    """Where a kernel of rows that begin on 16 bytes moves less than 16 bytes an instruction."""
+    size = 4 if "float32" in name else 2
+    found = []
+    for instruction, most in single_elements(name).items():
+        count = moved(sass, instruction)
+        least = WIDE[name.split()[0]].get(instruction, 0)
+        if count[16] < least:
+            found.append(f"{count[16]} {instruction} of 16 bytes, expected {least} or more")
+        if count[size] > most:
+            found.append(f"{count[size]} {instruction} of {size} bytes, expected {most} or fewer")
+    return found
+
+
 def measure(architecture: int, dtypes: list[str]) -> tuple[dict[str, list[int]], list[str]]:
     """[registers, shared memory] by configuration, and what no budget can allow."""
     usages, faults = {}, compiled_again(architecture)
@@ -155,11 +207,8 @@ def measure(architecture: int, dtypes: list[str]) -> tuple[dict[str, list[int]],
         where = f"sm_{architecture} {name}"
         if stack or local:
             faults.append(f"{where}: spills ({stack} bytes of stack, {local} local)")
-        expected = WIDE.get(name.split()[0], {}) if "aligned" in name else {}
-        for instruction, least in expected.items():
-            wide = len(re.findall(rf"\b{instruction}\.E\.(?:\w+\.)*128\b", sass))
-            if wide < least:
-                faults.append(f"{where}: {wide} {instruction} of 16 bytes, expected {least}")
+        if "aligned" in name or "padded" in name:
+            faults += [f"{where}: {fault}" for fault in narrow_or_missing(name, sass)]
     return usages, faults
 
 

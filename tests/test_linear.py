@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from measure import multiplications, peak_bytes
 from tolerance import assert_close, farthest
 
-from segkernels import linear_logprobs_and_entropy, logprobs_and_entropy, projection
+from segkernels import linear_logprobs_and_entropy, logprobs_and_entropy
 from segkernels.backend import BackendError
 from segkernels.linear import linear_bwd, linear_fwd
-from segkernels.projection import WORKSPACE
+from segkernels.projection import WORKSPACE, HiddenRows, Space
 
 BACKENDS = (REFERENCE, NATIVE)
 DRIVERS = (NATIVE, Backend("triton"))  # with gpu_driver: the way of CPUs, the way of GPUs
@@ -121,17 +121,24 @@ def through_logits(hidden, weight, bias, targets, temperature, mask, seed=0):
 
 
 @storage
-@pytest.mark.parametrize("workspace", [16 * 2 * 150, None])
+@pytest.mark.parametrize("workspace", [16 * 2 * 60, None])
 @pytest.mark.parametrize("backend", TRITON)
 def test_triton_equals_the_form_from_logits(backend, dtype, workspace, monkeypatch):
     """Held to the model's own rounding of logits and of their gradient."""
     monkeypatch.setitem(WORKSPACE, "triton", workspace or WORKSPACE["triton"])
-    *inputs, targets = draw((3, 7), 60, 16, dtype)
+    *inputs, targets = draw((3, 7), 75, 16, dtype)
     mask = torch.rand(3, 7, generator=generator(1)) < 0.7
     kernel = run(backend, *inputs, targets, 0.7, mask)
     baseline = through_logits(*inputs, targets, 0.7, mask)
     truth = run(REFERENCE, *(t.double() for t in inputs), targets, 0.7, mask)
     check_close(kernel, baseline, truth, inputs)
+
+
+def baseline_of(backend, hidden, weight, bias, targets, temperature=1.0, mask=None):
+    """The reference, or for the way of GPUs the form from logits of the dtype of hidden."""
+    if backend != "triton":
+        return run(REFERENCE, hidden, weight, bias, targets, temperature, mask)
+    return through_logits(hidden.nan_to_num(), weight, bias, targets, temperature, mask)
 
 
 @storage
@@ -141,15 +148,51 @@ def test_no_host_synchronisation(backend, dtype, gpu_driver, capturing, small_bu
     hidden, weight, bias, targets = draw((6, 9), 40, 16, dtype)
     mask = torch.rand(6, 9, generator=generator(2)) < 0.6
     poisoned = hidden.masked_fill(~mask[..., None], NAN)
-    impossible = targets.masked_fill(~mask, 10**12)
+    rest = (weight, bias, targets.masked_fill(~mask, 10**12), 0.8, mask)
+    truth = run(REFERENCE, poisoned.double(), *(t.double() for t in rest[:2]), *rest[2:])
+    baseline = baseline_of(backend, poisoned, *rest)
     for x in (poisoned, torch.cat([poisoned, poisoned[:, :1]], 1)[:, :-1]):
-        got = run(backend, x, weight, bias, impossible, 0.8, mask)
-        with pytest.MonkeyPatch.context() as ordinary:
-            ordinary.setattr(projection, "may_synchronise", lambda tensor: True)
-            expected = run(backend, x, weight, bias, impossible, 0.8, mask)
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b)
+        got = run(backend, x, *rest)
+        check_close(got, baseline, truth, (hidden, weight, bias))
         assert (got[2][~mask] == 0).all()
+
+
+@storage
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("workspace", [None, 20_000])
+@pytest.mark.parametrize("backend", [Backend("triton"), *TRITON[1:]])
+def test_vocabularies_that_no_vector_divides(backend, workspace, masked, dtype, gpu_driver):
+    """Rows of logits are apart by more than the vocabulary: kept, in one tile, and in slices."""
+    *inputs, targets = draw((40,), 331, 16, dtype)
+    mask = torch.rand(40, generator=generator(1)) < 0.7 if masked else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(WORKSPACE, "triton", workspace or WORKSPACE["triton"])
+        kernel = run(backend, *inputs, targets, 0.7, mask)
+    baseline = through_logits(*inputs, targets, 0.7, mask)
+    truth = run(REFERENCE, *(t.double() for t in inputs), targets, 0.7, mask)
+    check_close(kernel, baseline, truth, inputs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "vocab", "columns", "chunk"),
+    [
+        (8192, 4096, 131_072, 16_896, 1024),
+        (8192, 4096, 128_256, 16_896, 1024),
+        (8192, 8192, 131_072, 16_896, 1024),
+        (300, 4096, 131_072, 131_072, 300),
+        (8192, 1024, 32_001, 16_896, 4224),
+    ],
+)
+def test_tiles_fill_the_processors_of_a_gpu(tokens, size, vocab, columns, chunk):
+    """Of an H100: 132 blocks of a product are computed at once, which the numbers nearly divide."""
+    hidden = torch.empty(tokens, size, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(vocab, size, dtype=torch.bfloat16, device="meta")
+    space = Space.of("triton", None, hidden)
+    rows = HiddenRows(hidden, None, torch.bfloat16)
+    height = space.height(rows)
+    assert (height, space.columns(height, rows, weight)) == (tokens, columns)
+    row = 2 * space.row_stride(vocab) + 12 * size
+    assert space.chunk(tokens, 0, (512 << 20) * 7 // 8 // row, size) == chunk
 
 
 @st.composite
@@ -225,15 +268,19 @@ def test_masked_rows_are_transparent(backend, dtype, small_buffers):
     logprobs, entropy, dhidden, dweight, dbias = run(backend, *poisoned)
     for values in (logprobs, entropy, dhidden):
         assert (values[~mask] == 0).all()
-    up = torch.randn(2, 6, 9, generator=generator(), dtype=torch.float64).float()
-    inputs = [t.clone().requires_grad_() for t in (hidden[mask], weight, bias)]
-    alone = linear_logprobs_and_entropy(
-        inputs[0], inputs[1], targets[mask], inputs[2], temperatures[mask], backend=backend
-    )
-    grads = torch.autograd.grad(alone, inputs, (up[0][mask], up[1][mask]))
+    up = torch.randn(2, 6, 9, generator=generator(), dtype=torch.float64)[:, mask]
+
+    def alone(*inputs):
+        """The same from the rows in the mask alone, by the reference."""
+        inputs = [t.clone().requires_grad_() for t in inputs]
+        kept = (targets[mask], inputs[2], temperatures[mask].to(inputs[0].dtype))
+        stats = linear_logprobs_and_entropy(*inputs[:2], *kept, backend="reference")
+        grads = torch.autograd.grad(stats, inputs, tuple(up.to(stats[0])))
+        return *(x.detach() for x in stats), *grads
+
+    inputs = (hidden[mask], weight, bias)
     same = (logprobs[mask], entropy[mask], dhidden[mask], dweight, dbias)
-    for got, expected in zip(same, (*alone, *grads), strict=True):
-        torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-5)
+    check_close(same, alone(*inputs), alone(*(t.double() for t in inputs)), inputs)
     nothing = run(backend, *poisoned[:-1], torch.zeros_like(mask))
     assert all((values == 0).all() for values in nothing)
 
@@ -284,31 +331,37 @@ def test_partial_gradients(backend, dtype, needs):
 @storage
 @pytest.mark.parametrize("masked", [False, True])
 def test_kept_logits_give_the_same_gradients(backend, dtype, masked, gpu_driver):
-    """As those computed again, and once more after the first backward pass."""
+    """As those computed again do, and once more after the first backward pass."""
     hidden, weight, bias, targets = draw((4, 10), 50, 8, dtype)
     mask = torch.rand(4, 10, generator=generator()) < 0.7 if masked else None
     up = torch.randn(4, 10, generator=generator())
     up[1] = 0
     size = 40 * 50 * (4 if backend == NATIVE else dtype.itemsize)
-    gradients = []
-    for workspace in (2 * size, 2 * size - 1):
-        inputs = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+
+    def gradients(backend, *inputs, workspace=None):
+        inputs = [t.clone().requires_grad_() for t in inputs]
         logprobs, _ = linear_logprobs_and_entropy(
-            inputs[0],
-            inputs[1],
-            targets,
-            inputs[2],
-            0.7,
-            mask,
-            workspace=workspace,
-            backend=backend,
+            *inputs[:2], targets, inputs[2], 0.7, mask, workspace=workspace, backend=backend
         )
-        gradients += [
-            torch.autograd.grad(logprobs, inputs, up, retain_graph=True) for _ in range(2)
+        return [
+            torch.autograd.grad(logprobs, inputs, up.to(logprobs), retain_graph=True)
+            for _ in range(2)
         ]
-    for each in gradients[1:]:
-        for a, b in zip(each, gradients[0], strict=True):
-            torch.testing.assert_close(a, b)
+
+    inputs = (hidden, weight, bias)
+    truth = gradients(REFERENCE, *(t.double() for t in inputs))[0]
+    baseline = gradients(REFERENCE, *inputs)[0]
+    if backend == "triton":
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        logits = torch.nn.functional.linear(*leaves)
+        logprobs, _ = logprobs_and_entropy(logits, targets, 0.7, mask, backend="reference")
+        baseline = torch.autograd.grad(logprobs, leaves, up)
+    for workspace in (2 * size, 2 * size - 1):
+        for got in gradients(backend, *inputs, workspace=workspace):
+            for name, *each in zip(
+                ("dhidden", "dweight", "dbias"), got, baseline, truth, strict=True
+            ):
+                assert_close(*each, name)
 
 
 def test_kept_logits_depend_on_the_shape_in_one_graph():
@@ -506,7 +559,9 @@ def test_without_a_mask_the_host_never_waits_forward(backend):
 def test_cuda_graph(backend):
     hidden, weight, bias, targets = draw((40,), 500, 64, torch.bfloat16)
     mask = torch.arange(40) % 3 > 0
-    expected = run(backend, hidden, weight, bias, targets, 0.8, mask)
+    given = (hidden, weight, bias)
+    baseline = through_logits(*given, targets, 0.8, mask)
+    truth = run(REFERENCE, *(t.double() for t in given), targets, 0.8, mask)
     inputs = [t.requires_grad_() for t in backend.place(hidden * 0, weight, bias)]
     targets, mask = backend.place(targets, mask)
     up = torch.randn(2, 40, generator=generator(), dtype=torch.float64).float().cuda()
@@ -527,8 +582,7 @@ def test_cuda_graph(backend):
     with torch.no_grad():
         inputs[0].copy_(hidden)
     graph.replay()
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a.detach().cpu(), b)
+    check_close([x.detach().cpu() for x in got], baseline, truth, given)
 
 
 @pytest.mark.parametrize(

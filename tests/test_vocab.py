@@ -116,23 +116,89 @@ def test_rows_of_several_spans(backend):
         assert_close(k, b, t, name)
 
 
+def placements(x):
+    """The same columns in rows that are contiguous, that all begin on 16 bytes, that none does."""
+    rows, columns = x.shape
+    padded = torch.full((rows, -(-columns // 64) * 64), 7.0, dtype=x.dtype)[:, :columns]
+    shifted = torch.full((rows, columns + 8), 7.0, dtype=x.dtype)[:, 3 : columns + 3]
+    return x.clone(), padded.copy_(x), shifted.copy_(x)
+
+
+@in_triton
+@pytest.mark.parametrize("vocab_size", [5000, 5001, 5007])
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+def test_alignment_does_not_show(backend, dtype, vocab_size):
+    """16 bytes are read at a time, or one column, or one column behind the last 16 bytes."""
+    logits, targets = draw(3, vocab_size, dtype)
+    logits[1, vocab_size - 1], targets[1] = 40.0, vocab_size - 1
+    logits[2, :4999] = -INF
+    first, *others = (whole(backend, x, targets, 0.8) for x in placements(logits))
+    for got in others:
+        assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True))
+    for n in range(3):
+        one = slice(n, n + 1)
+        alone = whole(backend, logits[one], targets[one], 0.8)
+        assert all(torch.equal(a, b[one]) for a, b in zip(alone, first, strict=True))
+
+
 @in_triton
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-def test_alignment_does_not_show(backend, dtype):
-    """Rows that begin on 16 bytes are read 16 bytes at a time, others not; results are equal."""
-    aligned, targets = draw(3, 5001, dtype)
-    wide = torch.zeros(3, 5008, dtype=dtype)
-    wide[:, :5001] = aligned
-    shifted = torch.zeros(3, 5009, dtype=dtype)
-    shifted[:, 3:5004] = aligned
-    results = [
-        whole(backend, view, targets, 0.8)
-        for view in (aligned, wide[:, :5001], shifted[:, 3:5004], aligned[:1], aligned[1:2])
-    ]
-    for got in results[1:3]:
-        assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
-    for n, got in enumerate(results[3:]):
-        assert torch.equal(got[1], results[0][1][n : n + 1])
+def test_gradients_in_rows_with_padding(backend, dtype):
+    """It is not written, neither with gradients nor with zeros, whatever rows the logits are in."""
+    logits, targets = draw(4, 2501, dtype)
+    targets[:] = torch.tensor([0, 2500, 7, -100])
+    stats = whole(NATIVE, logits, targets)[2]
+    up = torch.randn(2, 4, generator=generator(1))
+    up[:, 2] = 0
+    expected = gradient(backend, logits, targets, stats, up)
+    assert expected[[0, 1, 3]].any(1).all()
+    assert not expected[2].any()
+    targets, stats, *up = backend.place(targets, stats, *up)
+
+    def check(x, dlogits):
+        row_kernels(backend).backward(vocab.Rows(x, targets, 1.0), stats, *up, dlogits)
+        assert torch.equal(dlogits.cpu(), expected)
+        memory = dlogits.fill_(7.0).new_empty(0).set_(dlogits.untyped_storage())
+        assert memory.eq(7.0).all()
+
+    for view in placements(logits):
+        (x,) = backend.place(view)
+        for dlogits in placements(logits):
+            check(x, *backend.place(dlogits))
+        check(x, x)
+
+
+@in_triton
+def test_gradients_at_two_distances(backend):
+    x, targets, stats, up = backend.place(
+        torch.zeros(2, 3, 8)[:, :2],
+        torch.zeros(4, dtype=torch.long),
+        torch.ones(4, 3),
+        torch.ones(4),
+    )
+    with pytest.raises(ValueError, match=r"equally far apart, got strides \(24, 8, 1\) of shape"):
+        row_kernels(backend).backward(vocab.Rows(x, targets, 1.0), stats, up, up, x)
+
+
+@in_triton
+@pytest.mark.parametrize(
+    "config", [{"warps": 2, "unroll": 1, "unroll_backward": 4}, {"warps": 8, "span": 8192}], ids=str
+)
+def test_any_configuration(backend, config):
+    """What benchmarks may try gives the same results but for rounding."""
+    logits, targets = draw(3, 9001, torch.bfloat16)
+    kernels = row_kernels(backend)
+    config = kernels.Config(**config)
+    expected = whole(backend, logits, targets)
+    up = torch.randn(2, 3, generator=generator(1))
+    expected.append(gradient(backend, logits, targets, expected[2], up))
+    x, targets, *up = backend.place(logits, targets, *up)
+    rows, got = vocab.Rows(x, targets, 1.0), outputs(x)
+    kernels.forward(rows, None, *got, config=config)
+    got.append(torch.empty_like(x))
+    kernels.backward(rows, got[2], *up, got[3], config=config)
+    for a, b, rtol in zip(got, expected, (3e-6, 3e-6, 3e-6, 2**-7), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=rtol, atol=1e-6)
 
 
 @in_triton
@@ -229,7 +295,7 @@ def test_kernels_stay_within_their_budget():
 
 
 @pytest.mark.triton
-def test_what_exceeds_a_budget():
+def test_what_fails_a_kernel():
     program = """
 import kernel_budget as k
 def excesses(used, **budgets):
@@ -240,6 +306,9 @@ excesses([56, 0], other=[40, 0], another=[56, 0])
 excesses([56, 0], ours=[40, 0], other=[56, 0])
 excesses([57, 9], other=[57, 0], another=[56, 8])
 excesses([56, 0])
+wide = "LDG.E.128 R4, [R2.64] ;\\n" * 3 + "@!P0 STG.E.128 [R2.64], R4 ;\\n" * 2
+narrow = "@P1 LDG.E.U16.CONSTANT R4, [R2.64] ;\\n LDG.E R5, [R2.64] ;\\n"
+print(*k.narrow_or_missing("backward bfloat16, aligned rows, logits only", wide + narrow))
 """
     done = python("-c", program)
     assert done.returncode == 0, done.stderr
@@ -249,4 +318,5 @@ excesses([56, 0])
         "sm_90 k: 56 registers, the budget is 40",
         "sm_90 k: 9 bytes of shared memory, the budget is 8",
         "sm_90 k: has no budget; run with --update",
+        "1 LDG of 2 bytes, expected 0 or fewer 2 STG of 16 bytes, expected 3 or more",
     ]

@@ -57,11 +57,12 @@ void bind_vocab(py::module_& m) {
   m.def(
       "vocab_backward",
       [](const VocabRows& rows, uintptr_t stats, uintptr_t dlogprobs, uintptr_t dentropy,
-         uintptr_t dlogits, int threads) {
+         uintptr_t dlogits, int64_t stride, int threads) {
         vocab_backward(rows, at<const RowStats>(stats), at<const float>(dlogprobs),
-                       at<const float>(dentropy), at<void>(dlogits), threads);
+                       at<const float>(dentropy), at<void>(dlogits), stride, threads);
       },
-      no_gil, "rows"_a, "stats"_a, "dlogprobs"_a, "dentropy"_a, "dlogits"_a, "threads"_a);
+      no_gil, "rows"_a, "stats"_a, "dlogprobs"_a, "dentropy"_a, "dlogits"_a, "stride"_a,
+      "threads"_a);
 
   m.def(
       "vocab_exp",

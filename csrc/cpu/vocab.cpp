@@ -160,7 +160,7 @@ void vocab_forward(const VocabRows& rows, const bool* mask, float* logprobs, flo
 }
 
 void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* dlogprobs,
-                    const float* dentropy, void* dlogits, int threads) {
+                    const float* dentropy, void* dlogits, int64_t stride, int threads) {
   const int64_t spans = spans_of(rows);
   const int64_t width = width_of(rows.dtype);
   const int64_t bytes = rows.count * rows.vocab * width;
@@ -168,7 +168,7 @@ void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* d
   const auto span_gradient = [&](int64_t row, int64_t begin) {
     const int64_t n = std::min(kSpan, rows.vocab - begin);
     const auto* x = static_cast<const char*>(rows.logits) + (offset_of(rows, row) + begin) * width;
-    auto* dx = static_cast<char*>(dlogits) + (row * rows.vocab + begin) * width;
+    auto* dx = static_cast<char*>(dlogits) + (row * stride + begin) * width;
     const bool has_target = dlogprobs && rows.targets && rows.targets[row] >= 0;
     const float dlogprob = has_target ? dlogprobs[row] : 0.0f;
     const float dh = dentropy ? dentropy[row] : 0.0f;

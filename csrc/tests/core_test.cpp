@@ -931,14 +931,32 @@ void test_vocab(const VocabCase& c, Random& random) {
   check_close("entropy alone", entropy, want.entropy, 1, 1);
 
   Stored dlogits(c.rows.dtype, std::vector<double>(want.dlogits.size(), 12345.0));
-  vocab_backward(no_targets, stats.get(), nullptr, nullptr, dlogits.data(), kThreads);
+  const int64_t stride = c.shape.vocab;
+  vocab_backward(no_targets, stats.get(), nullptr, nullptr, dlogits.data(), stride, kThreads);
   check_close("dlogits of nothing", dlogits, zeros(count * c.shape.vocab));
-  vocab_backward(c.rows, stats.get(), c.dlogprobs.get(), c.dentropy.get(), dlogits.data(),
+  vocab_backward(c.rows, stats.get(), c.dlogprobs.get(), c.dentropy.get(), dlogits.data(), stride,
                  kThreads);
   check_close("dlogits", dlogits, want.dlogits, 0.1, vocab, epsilon(c.rows.dtype));
+
+  const int64_t gap = 3;
+  const std::vector<double> filler(static_cast<size_t>(count * (stride + gap)), 4096.0);
+  Stored apart(c.rows.dtype, filler);
+  const Stored untouched(c.rows.dtype, filler);
+  vocab_backward(c.rows, stats.get(), c.dlogprobs.get(), c.dentropy.get(), apart.data(),
+                 stride + gap, kThreads);
+  const int64_t width = element_size(c.rows.dtype);
+  for (int64_t row = 0; row < count; ++row) {
+    const auto* start = static_cast<const char*>(apart.data()) + row * (stride + gap) * width;
+    const auto* together = static_cast<const char*>(dlogits.data()) + row * stride * width;
+    check(std::memcmp(start, together, static_cast<size_t>(stride * width)) == 0,
+          "dlogits of rows that are apart");
+    check(std::memcmp(start + stride * width, untouched.data(), static_cast<size_t>(gap * width)) ==
+              0,
+          "dlogits: written between the rows");
+  }
   if (c.shape.broadcast || c.shape.row_gap || c.shape.group_gap) return;
   vocab_backward(c.rows, stats.get(), c.dlogprobs.get(), c.dentropy.get(),
-                 const_cast<void*>(c.rows.logits), kThreads);
+                 const_cast<void*>(c.rows.logits), stride, kThreads);
   check_close("dlogits in place", c.logits, want.dlogits, 0.1, vocab, epsilon(c.rows.dtype));
 }
 

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .configs import Flag, Missing
 from .errors import NonFiniteError, UserError
 
 
@@ -60,7 +61,7 @@ EXIT_USER, EXIT_NON_FINITE, EXIT_DISK, EXIT_INTERRUPTED = 2, 3, 4, 130
 COMMON_TRAINING_FLAGS = {
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs",
     "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-    "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm", "bf16", "seed",
+    "gradient_accumulation_steps", "activation_checkpointing", "max_grad_norm", "bf16", "seed",
     "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
     "save_total_limit", "report_to", "resume_from_checkpoint", "label_smoothing_factor",
 }  # fmt: skip
@@ -111,33 +112,101 @@ def _usage() -> str:
 
 
 def parse(name: str, argv: list[str]) -> tuple[Any, ...]:
-    """The dataclass instances of command ``name`` from its flags, config file and preset."""
+    """The dataclass instances of command ``name`` from its flags, config file and preset.
+
+    Flags win over the config file, and that wins over the preset. A value that loses takes along
+    what was chosen for it (``depends_on`` of ``configs.flag``), which is said on stderr.
+    """
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--config", help="YAML file of flags; the command line wins over it.")
     front.add_argument("--preset", help="A published system; the config file wins over it.")
-    chosen, flags = front.parse_known_args(argv)
+    chosen, words = front.parse_known_args(argv)
 
-    parser = _parser(name, front, show_all="--help_all" in flags)
-    if "--help_all" in flags:
-        flags = ["--help"]
-    known = {action.dest for action in parser._actions}
-    tokens: list[str] = []
+    parser = _parser(name, front, show_all="--help_all" in words)
+    if "--help_all" in words:
+        words = ["--help"]
+    required = [action.dest for action in parser._actions if action.required]
+    for action in parser._actions:
+        action.required = False  # in any one source; all together must have it
+
+    values = _given(parser, words)
+    if chosen.config:
+        lower = _listed(parser, _read_yaml(chosen.config), chosen.config)
+        values = _over(parser, values, lower, chosen.config)
     if chosen.preset:
         from .presets import preset
 
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        tokens += _tokens(preset(chosen.preset, name, world_size), known, "preset")
-    if chosen.config:
-        tokens += _tokens(_read_yaml(chosen.config), known, chosen.config)
-    *found, unknown = parser.parse_args_into_dataclasses(
-        [*tokens, *flags], return_remaining_strings=True, look_for_args_file=False
-    )
+        lower = _listed(parser, preset(chosen.preset, name, values, world_size), "preset")
+        values = _over(parser, values, lower, f"preset {chosen.preset}")
+    for flag in dict.fromkeys([*values, *required]):
+        value = values.get(flag, Missing("a value", f"pass --{flag}"))
+        if isinstance(value, Missing):
+            raise UserError(f"{flag}: expected {value.expected}, got none; {value.remedy}")
+    return tuple(parser.parse_dict(values))
+
+
+_ABSENT = object()
+
+
+def _given(parser: Any, words: list[str]) -> dict[str, Any]:
+    """The values of the flags that stand among ``words``, and of no others."""
+    # argparse gives a default only to what is not there yet.
+    absent = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
+    namespace, unknown = parser.parse_known_args(words, absent)
     if unknown:
-        raise UserError(f"{unknown[0]}: {_no_flag(unknown[0].lstrip('-'), known)}")
-    return tuple(found[: len(COMMANDS[name].configs)])  # what remains is --config and --preset
+        raise UserError(f"{unknown[0]}: {_no_flag(unknown[0].lstrip('-'), _names(parser))}")
+    return {flag: value for flag, value in vars(namespace).items() if value is not _ABSENT}
 
 
-def _no_flag(name: str, known: set[str]) -> str:
+def _listed(parser: Any, mapping: dict[str, Any], source: str) -> dict[str, Any]:
+    """The values of a mapping, read as command-line words, so that one parser checks everything."""
+    known = _names(parser)
+    words: list[str] = []
+    missing: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flag = str(key).replace("-", "_")
+        if flag not in known:
+            raise UserError(f"{source}: {_no_flag(flag, known)}")
+        if isinstance(value, Missing):
+            missing[flag] = value
+        elif isinstance(value, dict):
+            words += [f"--{flag}", json.dumps(value)]
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return _given(parser, words) | missing
+
+
+def _over(parser: Any, upper: dict[str, Any], lower: dict[str, Any], source: str) -> dict[str, Any]:
+    """``upper`` over ``lower``, without what ``lower`` chose for a value that lost."""
+    needs = {a.dest: a.needs for a in parser._actions if isinstance(a, Flag)}
+    kept = {flag: value for flag, value in lower.items() if flag not in upper}
+    for lost in upper:
+        old = lower.get(lost, upper[lost])
+        if isinstance(old, Missing) or old == upper[lost]:
+            continue
+        gone = [lost]
+        for flag in gone:  # grows: what depends on something gone is gone too
+            gone += [f for f, value in kept.items() if f in needs and flag in needs[f](value)]
+            kept = {f: value for f, value in kept.items() if f not in gone}
+        if gone[1:] and os.environ.get("RANK", "0") == "0":
+            print(
+                f"{source}: left out {', '.join(gone[1:])}, chosen for {lost} {old} and "
+                f"not for {upper[lost]}",
+                file=sys.stderr,
+            )
+    return {**kept, **upper}
+
+
+def _names(parser: Any) -> list[str]:
+    """The flags that take a value, by every name."""
+    options = [option for a in parser._actions if a.nargs != 0 for option in a.option_strings]
+    return [option[2:] for option in options if option.startswith("--") and "-" not in option[2:]]
+
+
+def _no_flag(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
     hint = f"did you mean {near[0]}?" if near else "see --help"
     return f"expected a flag of this command, got {name!r}; {hint}"
@@ -211,25 +280,6 @@ def _read_yaml(path: str) -> dict[str, Any]:
             "write one 'flag: value' a line"
         )
     return values
-
-
-def _tokens(values: dict[str, Any], known: set[str], source: str) -> list[str]:
-    """A mapping as command-line words, so that one parser checks everything."""
-    tokens: list[str] = []
-    for key, value in values.items():
-        dest = str(key).replace("-", "_")
-        if dest not in known:
-            raise UserError(f"{source}: {_no_flag(dest, known)}")
-        if value is None:
-            continue
-        tokens.append(f"--{dest}")
-        if isinstance(value, dict):
-            tokens.append(json.dumps(value))
-        elif isinstance(value, list):
-            tokens += [str(item) for item in value]
-        else:
-            tokens.append(str(value))
-    return tokens
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Source: arXiv 2501.02790, section 3 (location-aware normalisers).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +16,11 @@ import torch
 from segkernels import LocationFit, Normalizer, ScalarNormalizer, fit_location
 
 from . import report
-from .configs import DataConfig
+from .configs import DataConfig, flag
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
 from .entropy_cache import SIDES, EntropyCache, build_entropy_cache, cache_directory, describe
 from .errors import UserError
-from .models.loading import load_tokenizer
 from .models.reward_model import SegmentRewardModel
 from .runtime import files
 from .runtime.distributed import processes, say
@@ -29,9 +28,10 @@ from .score import (
     Response,
     RewardModelConfig,
     entropy_model_name,
-    limits,
     load_reward_model,
+    reward_tokenizer,
     score_responses,
+    tokenization,
 )
 
 FIT_FILE, PLOT_FILE = "normalizer.json", "normalizer.svg"
@@ -41,20 +41,15 @@ FIT_FILE, PLOT_FILE = "normalizer.json", "normalizer.svg"
 class FitConfig(RewardModelConfig):
     """Arguments of ``segrlhf fit-normalizer``."""
 
-    kind: Literal["auto", "line", "table", "scalar"] = field(
-        default="auto",
-        metadata={
-            "help": "Form of the normaliser; auto: scalar for a bandit model, else the log line, "
-            "or the table where the line explains less than half of the mean's variation."
-        },
+    kind: Literal["auto", "line", "table", "scalar"] = flag(
+        "auto",
+        "Form of the normaliser; auto: scalar for a bandit model, else the log line, "
+        "or the table where the line explains less than half of the mean's variation.",
     )
-    max_pairs: int = field(
-        default=60_000, metadata={"help": "Pairs drawn from the data; all, if it has fewer."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of the draw."})
-    entropy_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where entropies are kept; default ~/.cache/segrlhf/entropy."},
+    max_pairs: int = flag(60_000, "Pairs drawn from the data; all, if it has fewer.")
+    seed: int = flag(0, "Of the draw.")
+    entropy_cache_dir: str | None = flag(
+        None, "Where entropies are kept; default ~/.cache/segrlhf/entropy."
     )
 
 
@@ -116,13 +111,9 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
     if config.max_pairs < 1:
         raise UserError(f"max_pairs: expected at least 1, got {config.max_pairs}")
     model = load_reward_model(config)
-    tokenizer = load_tokenizer(config.reward_model)
-    max_length, max_prompt_length = limits(config)
+    tokenizer = reward_tokenizer(config)
     pairs, data_report = tokenize_pairs(
-        load_split(data, "train"),
-        tokenizer,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
+        load_split(data, "train"), tokenizer, **tokenization(config)
     )
     say(data_report.summary())
     sample = range(len(pairs))

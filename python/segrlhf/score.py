@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from segkernels import segment_positions, segment_scores
 
 from . import report
-from .configs import DataConfig
+from .configs import DataConfig, ModelConfig, PairConfig, flag
 from .data.batch import pad_responses
 from .data.load import load_rows
 from .data.render import Renderer, split_pair
+from .data.tokenize import cut_to_length
 from .entropy_cache import SIDES, entropies, load_entropy_model
 from .errors import NonFiniteError, UserError
 from .models.loading import load_tokenizer
@@ -29,41 +30,70 @@ from .reward.run import trained_with
 from .runtime import files
 from .runtime.distributed import processes, say
 
+_TRAINED = ("reward_model",)  # what was so in its training
+
 
 @dataclass
 class RewardModelConfig:
     """What ``fit-normalizer`` and ``score`` say about the reward model and its entropies."""
 
-    reward_model: str = field(metadata={"help": "Reward model: a directory, or a hub name."})
-    granularity: Literal["segment", "token", "bandit"] | None = field(
-        default=None, metadata={"help": "Only for a checkpoint that does not say."}
+    reward_model: str = flag(
+        ..., "Reward model: a directory, or a hub name.", depends_on=("granularity",)
     )
-    entropy_threshold: float | None = field(
-        default=None, metadata={"help": "Nats; only for a checkpoint that does not say."}
+    granularity: Literal["segment", "token", "bandit"] | None = flag(
+        None, "Only for a checkpoint that does not say."
     )
-    entropy_model: str | None = field(
-        default=None, metadata={"help": "Frozen LM; default: the one of the reward model's config."}
+    entropy_threshold: float | None = flag(
+        None,
+        "Nats; only for a checkpoint that does not say.",
+        depends_on=("reward_model", "granularity"),
     )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Weights of the reward model: auto, float32, bfloat16 or float16."},
+    entropy_model: str | None = flag(
+        None, "Frozen LM; default: the one of the reward model's config.", depends_on=_TRAINED
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of prompt and response; default: as in training."}
+    tokenizer_name_or_path: str | None = flag(
+        None, "Tokenizer, when none is beside the reward model.", depends_on=_TRAINED
     )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Tokens of the prompt; default: as in training."}
+    chat_template_path: str | None = flag(
+        None, "A jinja file, for a tokenizer without chat template.", depends_on=_TRAINED
     )
-    batch_size: int = field(default=16, metadata={"help": "Responses in one forward."})
+    dtype: str = flag("auto", "Weights of the reward model: auto, float32, bfloat16 or float16.")
+    max_length: int | None = flag(
+        None, "Tokens of prompt and response; default: as in training.", depends_on=_TRAINED
+    )
+    max_prompt_length: int | None = flag(
+        None, "Tokens of the prompt; default: as in training.", depends_on=_TRAINED
+    )
+    truncation_side: Literal["none", "left"] | None = flag(
+        None,
+        "none: rows with a longer prompt are left out. left: see 'segrlhf reward --help'. Default: "
+        "as in training.",
+        depends_on=_TRAINED,
+    )
+    force_eos: bool | None = flag(
+        None,
+        "A response that is cut gets the end token as its last; default: as in training.",
+        depends_on=_TRAINED,
+        nargs="?",
+        const=True,
+    )
+    strip_system_header: bool | None = flag(
+        None,
+        "Of conversations: leave out what the chat template writes before the first message; "
+        "default: as in training.",
+        depends_on=_TRAINED,
+        nargs="?",
+        const=True,
+    )
+    batch_size: int = flag(16, "Responses in one forward.")
 
 
 @dataclass
 class ScoreConfig(RewardModelConfig):
     """Arguments of ``segrlhf score``."""
 
-    output: str = field(
-        default="scores.jsonl",
-        metadata={"help": "A .jsonl file, or .html for responses coloured by segment reward."},
+    output: str = flag(
+        "scores.jsonl", "A .jsonl file, or .html for responses coloured by segment reward."
     )
 
 
@@ -108,13 +138,22 @@ def entropy_model_name(model: SegmentRewardModel, config: RewardModelConfig) -> 
     return name
 
 
-def limits(config: RewardModelConfig) -> tuple[int, int]:
-    """(max_length, max_prompt_length): as given, else as in the reward model's training."""
-    known = trained_with(config.reward_model)
-    return (
-        config.max_length or known["max_length"],
-        config.max_prompt_length or known["max_prompt_length"],
+def reward_tokenizer(config: RewardModelConfig) -> Any:
+    """The tokenizer that stands beside the reward model, or the one that is named."""
+    return load_tokenizer(
+        ModelConfig(
+            config.reward_model,
+            tokenizer_name_or_path=config.tokenizer_name_or_path,
+            chat_template_path=config.chat_template_path,
+        )
     )
+
+
+def tokenization(config: RewardModelConfig) -> dict[str, Any]:
+    """Arguments of ``tokenize_pairs``: as given, else as in the reward model's training."""
+    known = trained_with(config.reward_model)
+    given = {name: getattr(config, name) for name in PairConfig().tokenization}
+    return {name: known[name] if value is None else value for name, value in given.items()}
 
 
 @torch.inference_mode()
@@ -174,7 +213,7 @@ class _Rows:
     skipped: int
 
 
-def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) -> _Rows:
+def _read(rows: Any, tokenizer: Any, options: dict[str, Any]) -> _Rows:
     columns = set(rows.column_names)
     pairs = {"chosen", "rejected"} <= columns
     if not pairs and not {"prompt", "response"} <= columns:
@@ -182,7 +221,8 @@ def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) ->
             "dataset: expected the columns prompt and response, or chosen and rejected, got "
             f"{', '.join(rows.column_names)}; rename the columns"
         )
-    renderer = Renderer(tokenizer)
+    lengths = dict(options)
+    renderer = Renderer(tokenizer, lengths.pop("strip_system_header"))
     out = _Rows([], [], 0)
     for number, row in enumerate(rows):
         if pairs:
@@ -193,14 +233,14 @@ def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) ->
             out.skipped += 1
             continue
         prompt_ids, ids = renderer.pair(prompt, texts)
-        room = max_length - len(prompt_ids)
-        if not prompt_ids or len(prompt_ids) > max_prompt_length or room <= 0:
+        cut = cut_to_length(prompt_ids, ids, **lengths)
+        if not prompt_ids or cut is None:
             out.skipped += 1
             continue
-        for label, response in zip(SIDES if pairs else (None,), ids, strict=True):
+        labels = SIDES if pairs else (None,)
+        for label, kept, terminated in zip(labels, cut.responses, cut.terminated, strict=True):
             name = f"row {number}" + (f" ({label})" if label else "")
-            kept = response[:room]
-            out.responses.append(Response(name, prompt_ids, kept, len(kept) == len(response)))
+            out.responses.append(Response(name, cut.prompt, kept, terminated))
             out.notes.append(
                 {
                     "id": row.get("id", number),
@@ -211,7 +251,7 @@ def _read(rows: Any, tokenizer: Any, max_length: int, max_prompt_length: int) ->
     if not out.responses:
         raise UserError(
             f"dataset: expected at least one usable row, got {out.skipped} with an empty response "
-            f"or a prompt that is empty or over {max_prompt_length} tokens"
+            f"or a prompt that is empty or over {options['max_prompt_length']} tokens"
         )
     return out
 
@@ -248,11 +288,11 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     if output.exists():
         raise UserError(f"output: expected a new file, got {output}, which exists; choose another")
     model = load_reward_model(config)
-    tokenizer = load_tokenizer(config.reward_model)
+    tokenizer = reward_tokenizer(config)
     split = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_config)
     if data.max_samples is not None:
         split = split.select(range(min(data.max_samples, len(split))))
-    rows = _read(split, tokenizer, *limits(config))
+    rows = _read(split, tokenizer, tokenization(config))
     if model.granularity == "segment":
         _add_entropies(rows.responses, entropy_model_name(model, config), config.batch_size)
     scored = score_responses(model, rows.responses, config.batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from segkernels import segment_ends, segment_offsets
 
-from .configs import DataConfig, ModelConfig
+from .configs import DataConfig, ModelConfig, PairConfig, flag
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
 from .entropy_cache import SIDES, EntropyCache, build_entropy_cache
@@ -25,21 +25,15 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SegmentConfig:
+class SegmentConfig(PairConfig):
     """Arguments of ``segrlhf segment``."""
 
-    thresholds: list[float] = field(
-        default_factory=lambda: [0.5, 1.0, 1.5, 1.75, 2.0, 2.5, 3.0],
-        metadata={"help": "Entropy thresholds to compare, in nats."},
+    thresholds: list[float] = flag(
+        [0.5, 1.0, 1.5, 1.75, 2.0, 2.5, 3.0], "Entropy thresholds to compare, in nats."
     )
-    max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response."})
-    max_prompt_length: int = field(
-        default=1728, metadata={"help": "Rows with a longer prompt are dropped and counted."}
-    )
-    entropy_batch_size: int = field(default=16, metadata={"help": "Responses in one forward."})
-    entropy_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where entropies are kept; default ~/.cache/segrlhf/entropy."},
+    entropy_batch_size: int = flag(16, "Responses in one forward.")
+    entropy_cache_dir: str | None = flag(
+        None, "Where entropies are kept; default ~/.cache/segrlhf/entropy."
     )
 
 
@@ -111,12 +105,7 @@ def run(model: ModelConfig, data: DataConfig, config: SegmentConfig) -> dict[str
         rows = load_split(data, split)
         if rows is None:
             continue
-        pairs, report = tokenize_pairs(
-            rows,
-            tokenizer,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-        )
+        pairs, report = tokenize_pairs(rows, tokenizer, **config.tokenization)
         say(f"{split}: {report.summary()}")
         cache = build_entropy_cache(
             model.model_name_or_path,

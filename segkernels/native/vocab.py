@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import native
-from ..vocab import Rows
+from ..vocab import Rows, row_stride
 
 
 def _vocab_rows(rows: Rows) -> Any:
@@ -75,12 +75,16 @@ def backward(
     dentropy: Tensor | None,
     dlogits: Tensor,
 ) -> None:
-    """Fills dlogits [R, V], contiguous and of the logits' dtype; may be contiguous logits."""
+    """Fills dlogits [R, V] of the logits' dtype, whose rows are equally far apart.
+
+    dlogits may be the logits themselves.
+    """
     native.extension.vocab_backward(
         _vocab_rows(rows),
         native.ptr(stats),
         native.ptr(dlogprobs),
         native.ptr(dentropy),
-        native.ptr(dlogits),
+        dlogits.data_ptr(),
+        row_stride(dlogits),
         native.threads(),
     )

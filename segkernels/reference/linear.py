@@ -20,6 +20,8 @@ def linear_logprobs_and_entropy(
     dtype = accumulation_dtype(hidden, weight, bias)
     shape = hidden.shape[:-1]
     rows = take_rows(hidden, shape, mask)  # [A, D]
-    logits = linear(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    # Contiguous: libraries sum the products of other strides in another order.
+    rows, weight = rows.to(dtype).contiguous(), weight.to(dtype).contiguous()
+    logits = linear(rows, weight, None if bias is None else bias.to(dtype))
     stats = row_stats(logits, *take_per_row(targets, temperature, shape, mask))
     return put_rows(stats, shape, mask)

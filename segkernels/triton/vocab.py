@@ -2,14 +2,17 @@
 
 A program reads a span of one row, block by block. Lane l of a block (one thread) takes UNROLL
 vectors of 16 bytes, the first of them at column l * VEC, and keeps statistics of its own with one
-maximum a block, so that nothing crosses threads before the span ends. Spans and lanes follow from
-the column alone: neither the number of rows nor where they lie in memory shows in the results.
+maximum a block, so that nothing crosses threads before the span ends. What fills no block is taken
+in blocks of one vector a lane; the last columns of a row, where they fill no vector, are taken one
+by one. All of that follows from the column alone: neither the number of rows nor where they lie in
+memory shows in the results.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +21,28 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import native
-from ..vocab import Rows
+from ..vocab import Rows, row_stride
 
-WARPS = 4
-LANES = tl.constexpr(32 * WARPS)
-# Vectors that a lane reads before it uses the first; the backward pass writes as many.
-UNROLL = tl.constexpr(4)
-UNROLL_BACKWARD = tl.constexpr(2)
-# Bytes of logits that a program takes: so many that its start and end do not count, so few that the
-# programs of a few rows still fill a GPU.
-SPAN = 64 << 10
+
+@dataclass(frozen=True)
+class Config:
+    """How columns are shared out to threads. The last bits of the results depend on it, so the
+    library runs the defaults for every size; only benchmarks pass others."""
+
+    warps: int = 4
+    # Vectors that a lane reads before it uses the first; the backward pass writes as many.
+    unroll: int = 4
+    unroll_backward: int = 2
+    # Bytes of logits that a program takes, a multiple of 16: so many that its start and end do not
+    # count, so few that the programs of a few rows still fill a GPU.
+    span: int = 64 << 10
+
+
+DEFAULTS = Config()
 ROWS_FINISHED = tl.constexpr(128)
 
 # Fused multiply-add is the default of Triton 3.6 but not of 3.9.
-OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
+OPTIONS = {"enable_fp_fusion": True}
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -52,6 +63,12 @@ def _at_row(logits, row, inner, outer_stride, inner_stride, ALIGNED: tl.constexp
     if ALIGNED:
         logits = tl.multiple_of(logits, 16)
     return logits
+
+
+@triton.jit
+def _whole(begin, end, SIZE: tl.constexpr):
+    """Where the last whole SIZE of columns [begin, end) ends."""
+    return begin + (end - begin) // SIZE * SIZE
 
 
 @triton.jit
@@ -88,23 +105,25 @@ def _lane_sums(x, VEC: tl.constexpr):
     """[LANES] of x [LANES, VEC]. A reduction would add in an order that depends on the layout, and
     so on the alignment of the row."""
     for _ in tl.static_range(3 if VEC == 8 else 2):
-        low, high = tl.split(tl.reshape(x, [LANES, x.shape[1] // 2, 2]))
+        low, high = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
         x = low + high
-    return tl.reshape(x, [LANES])
+    return tl.reshape(x, [x.shape[0]])
 
 
 @triton.jit
 def _take(
     logits, block, end, top, total, weighted, inverse, VEC: tl.constexpr, VECTORS: tl.constexpr
 ):
-    """Statistics [LANES] that include the block of VECTORS vectors a lane. One vector is masked."""
+    """Statistics [LANES] that include the block of VECTORS vectors a lane. It is a whole one if
+    ``end`` is None, else one of one vector a lane."""
+    LANES: tl.constexpr = top.shape[0]
     columns = block + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     x = ()
     for i in tl.static_range(VECTORS):
-        if VECTORS == 1:
-            x += (tl.load(logits + columns, columns < end, MINUS_INFINITY),)
-        else:
+        if end is None:
             x += (tl.load(logits + i * (LANES * VEC) + columns),)
+        else:
+            x += (tl.load(logits + columns, columns < end, MINUS_INFINITY),)
     tops = x[0].to(tl.float32)
     for i in tl.static_range(1, VECTORS):
         tops = tl.maximum(tops, x[i].to(tl.float32))
@@ -135,13 +154,18 @@ def accumulate_kernel(
     first: tl.int32,
     span: tl.int32,
     spans: tl.int32,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = (program // spans).to(tl.int64)
     begin = tl.multiple_of(program % spans * span, VEC)
     end = tl.minimum(begin + span, vocab)
+    if EVEN:
+        end = tl.multiple_of(end, VEC)
     live = True
     if mask is not None:
         live = tl.load(mask + row)
@@ -153,20 +177,31 @@ def accumulate_kernel(
         totals = tl.zeros([LANES], tl.float32)
         weighteds = tl.zeros([LANES], tl.float32)
         BLOCK: tl.constexpr = LANES * VEC * UNROLL
-        whole = begin + (end - begin) // BLOCK * BLOCK
-        for block in range(begin, whole, BLOCK):
+        blocks_end = _whole(begin, end, BLOCK)
+        vectors_end = end if EVEN else _whole(begin, end, VEC)
+        for block in range(begin, blocks_end, BLOCK):
             tops, totals, weighteds = _take(
-                logits, block, end, tops, totals, weighteds, inverse, VEC, UNROLL
+                logits, block, None, tops, totals, weighteds, inverse, VEC, UNROLL
             )
-        for block in range(whole, end, LANES * VEC):
+        if not EVEN:
+            columns = vectors_end + tl.arange(0, VEC)
+            rest = tl.load(logits + columns, columns < end, MINUS_INFINITY).to(tl.float32)
+        for block in range(blocks_end, vectors_end, LANES * VEC):
             tops, totals, weighteds = _take(
-                logits, block, end, tops, totals, weighteds, inverse, VEC, 1
+                logits, block, vectors_end, tops, totals, weighteds, inverse, VEC, 1
             )
 
         top = tl.max(tops, 0)
+        if not EVEN:
+            top = tl.maximum(top, tl.max(rest, 0))
         totals, weighteds = _measured_from(top, tops, totals, weighteds, inverse)
         total = tl.sum(totals.to(tl.float64), 0)
         weighted = tl.sum(weighteds.to(tl.float64), 0)
+        if not EVEN:
+            d = _shifted(rest, top, inverse)
+            e = _exp(d)
+            total += tl.sum(e.to(tl.float64), 0)
+            weighted += tl.sum((e * d).to(tl.float64), 0)
         at_target = tl.zeros((), tl.float64)
         if targets is not None:
             target = tl.load(targets + row) - first
@@ -256,23 +291,26 @@ def _put(
     target,
     at_target,
     HAS_TARGET: tl.constexpr,
-    VEC: tl.constexpr,
-    VECTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    BLOCK: tl.constexpr = LANES * VEC * VECTORS
+    """The gradient of a block of BLOCK columns, of those before ``end`` unless that is None."""
     columns = block + tl.arange(0, BLOCK)
-    if VECTORS == 1:
-        within = columns < end
-        x = tl.load(logits + columns, within, MINUS_INFINITY)
-    else:
-        within = None
-        x = tl.load(logits + columns)
+    within = None if end is None else columns < end
+    x = tl.load(logits + columns, within)
     d = _shifted(x.to(tl.float32), top, inverse)
     dx = _exp(d) * (constant + slope * d)
     if HAS_TARGET:  # noqa: SIM102
         if (target >= block) & (target < block + BLOCK):
             dx += tl.where(columns == target, at_target, 0.0)
     tl.store(dlogits + columns, dx.to(x.dtype), within)
+
+
+@triton.jit
+def _clear(dlogits, block, end, BLOCK: tl.constexpr):
+    """Zeros, where ``_put`` puts gradients."""
+    columns = block + tl.arange(0, BLOCK)
+    within = None if end is None else columns < end
+    tl.store(dlogits + columns, tl.zeros([BLOCK], dlogits.dtype.element_ty), within)
 
 
 @_kernel
@@ -288,22 +326,29 @@ def backward_kernel(
     inner: tl.int32,
     outer_stride: tl.int64,
     inner_stride: tl.int64,
+    dlogits_stride: tl.int64,
     vocab: tl.int32,
     first: tl.int32,
     span: tl.int32,
     spans: tl.int32,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = (program // spans).to(tl.int64)
     begin = tl.multiple_of(program % spans * span, VEC)
     end = tl.minimum(begin + span, vocab)
-    dlogits += row * vocab
+    if EVEN:
+        end = tl.multiple_of(end, VEC)
+    dlogits += row * dlogits_stride
     if ALIGNED:
         dlogits = tl.multiple_of(dlogits, 16)
-    BLOCK: tl.constexpr = LANES * VEC * UNROLL_BACKWARD
-    whole = begin + (end - begin) // BLOCK * BLOCK
+    BLOCK: tl.constexpr = LANES * VEC * UNROLL
+    blocks_end = _whole(begin, end, BLOCK)
+    vectors_end = end if EVEN else _whole(begin, end, VEC)
 
     inverse_sum = tl.load(stats + row * 3 + 1)
     target = -1
@@ -317,11 +362,11 @@ def backward_kernel(
     if dentropy is not None:
         dh = tl.load(dentropy + row)
     if (inverse_sum == 0) | ((dlogprob == 0) & (dh == 0)):
-        columns = tl.arange(0, BLOCK)
-        zeros = tl.zeros([BLOCK], dlogits.dtype.element_ty)
-        for block in range(begin, whole, BLOCK):
-            tl.store(dlogits + block + columns, zeros)
-        tl.store(dlogits + whole + columns, zeros, whole + columns < end)
+        for block in range(begin, blocks_end, BLOCK):
+            _clear(dlogits, block, None, BLOCK)
+        _clear(dlogits, blocks_end, vectors_end, BLOCK)
+        if not EVEN:
+            _clear(dlogits, vectors_end, end, VEC)
     else:
         logits = _at_row(logits, program // spans, inner, outer_stride, inner_stride, ALIGNED)
         if temperatures is not None:
@@ -335,11 +380,41 @@ def backward_kernel(
             at_target *= inverse
             slope *= inverse
         constant = -inverse_sum * at_target - slope * mean
-        for block in range(begin, whole, BLOCK):
+        for block in range(begin, blocks_end, BLOCK):
             _put(
                 logits,
                 dlogits,
                 block,
+                None,
+                top,
+                inverse,
+                constant,
+                slope,
+                target,
+                at_target,
+                dlogprobs is not None,
+                BLOCK,
+            )
+        for block in range(blocks_end, vectors_end, LANES * VEC):
+            _put(
+                logits,
+                dlogits,
+                block,
+                vectors_end,
+                top,
+                inverse,
+                constant,
+                slope,
+                target,
+                at_target,
+                dlogprobs is not None,
+                LANES * VEC,
+            )
+        if not EVEN:
+            _put(
+                logits,
+                dlogits,
+                vectors_end,
                 end,
                 top,
                 inverse,
@@ -349,51 +424,36 @@ def backward_kernel(
                 at_target,
                 dlogprobs is not None,
                 VEC,
-                UNROLL_BACKWARD,
-            )
-        for block in range(whole, end, LANES * VEC):
-            _put(
-                logits,
-                dlogits,
-                block,
-                end,
-                top,
-                inverse,
-                constant,
-                slope,
-                target,
-                at_target,
-                dlogprobs is not None,
-                VEC,
-                1,
             )
 
 
-def _slices(rows: Rows, dlogits: Tensor | None = None) -> dict[str, Any]:
+def _slices(rows: Rows, config: Config, dlogits: Tensor | None = None) -> dict[str, Any]:
     """How the kernels find their columns."""
     inner, *strides = rows.strides
+    vocab, size = rows.logits.shape[-1], rows.logits.itemsize
     plain = rows.temperatures is None and rows.temperature == 1
-    size = rows.logits.itemsize
-    bytes_apart = [stride * size for stride in strides]
+    arguments = {"inner": inner, "outer_stride": strides[0], "inner_stride": strides[1]}
     addresses = [rows.logits.data_ptr()]
     if dlogits is not None:
-        bytes_apart.append(rows.logits.shape[-1] * size)
+        arguments["dlogits_stride"] = row_stride(dlogits)
+        strides.append(arguments["dlogits_stride"])
         addresses.append(dlogits.data_ptr())
-    return {
-        "inner": inner,
-        "outer_stride": strides[0],
-        "inner_stride": strides[1],
-        "vocab": rows.logits.shape[-1],
+    aligned = not any(n % 16 for n in (*(stride * size for stride in strides), *addresses))
+    return arguments | {
+        "vocab": vocab,
         "first": rows.first,
         "inverse": None if plain else 1 / rows.temperature,
+        "num_warps": config.warps,
+        "LANES": 32 * config.warps,
         "VEC": 16 // size,
-        "ALIGNED": not any(n % 16 for n in (*bytes_apart, *addresses)),
+        "ALIGNED": aligned,
+        "EVEN": aligned and vocab * size % 16 == 0,
     }
 
 
-def _spans(rows: Rows) -> tuple[int, int]:
+def _spans(rows: Rows, config: Config) -> tuple[int, int]:
     """(columns that a program takes, programs that a row takes)."""
-    span = SPAN // rows.logits.itemsize
+    span = config.span // rows.logits.itemsize
     return span, triton.cdiv(rows.logits.shape[-1], span)
 
 
@@ -404,21 +464,28 @@ def _launch(kernel: Any, programs: int, like: Tensor, **arguments: Any) -> None:
 
 
 def forward(
-    rows: Rows, mask: Tensor | None, logprobs: Tensor | None, entropy: Tensor, stats: Tensor
+    rows: Rows,
+    mask: Tensor | None,
+    logprobs: Tensor | None,
+    entropy: Tensor,
+    stats: Tensor,
+    config: Config = DEFAULTS,
 ) -> None:
     """See ``segkernels.native.vocab``."""
-    span, spans = _spans(rows)
+    span, spans = _spans(rows, config)
     states = native.empty(rows.logits, rows.count, spans, 4, dtype=torch.float64)
-    _accumulate(rows, mask, states, span, spans)
+    _accumulate(rows, mask, states, span, spans, config)
     _finish(rows, mask, states, logprobs, entropy, stats, spans)
 
 
-def accumulate(rows: Rows, mask: Tensor | None, states: Tensor) -> None:
+def accumulate(rows: Rows, mask: Tensor | None, states: Tensor, config: Config = DEFAULTS) -> None:
     """See ``segkernels.native.vocab``."""
-    _accumulate(rows, mask, states, rows.logits.shape[-1], 1)
+    _accumulate(rows, mask, states, rows.logits.shape[-1], 1, config)
 
 
-def _accumulate(rows: Rows, mask: Tensor | None, states: Tensor, span: int, spans: int) -> None:
+def _accumulate(
+    rows: Rows, mask: Tensor | None, states: Tensor, span: int, spans: int, config: Config
+) -> None:
     _launch(
         accumulate_kernel,
         rows.count * spans,
@@ -430,7 +497,8 @@ def _accumulate(rows: Rows, mask: Tensor | None, states: Tensor, span: int, span
         states=states,
         span=span,
         spans=spans,
-        **_slices(rows),
+        UNROLL=config.unroll,
+        **_slices(rows, config),
     )
 
 
@@ -459,6 +527,7 @@ def _finish(
         finish_kernel,
         triton.cdiv(rows.count, ROWS_FINISHED.value),
         rows.logits,
+        num_warps=ROWS_FINISHED.value // 32,
         targets=rows.targets,
         temperatures=rows.temperatures,
         mask=mask,
@@ -478,9 +547,10 @@ def backward(
     dlogprobs: Tensor | None,
     dentropy: Tensor | None,
     dlogits: Tensor,
+    config: Config = DEFAULTS,
 ) -> None:
-    """See ``segkernels.native.vocab``."""
-    span, spans = _spans(rows)
+    """See ``segkernels.native.vocab``. The rows of dlogits may be further apart than V columns."""
+    span, spans = _spans(rows, config)
     _launch(
         backward_kernel,
         rows.count * spans,
@@ -494,5 +564,6 @@ def backward(
         dlogits=dlogits,
         span=span,
         spans=spans,
-        **_slices(rows, dlogits),
+        UNROLL=config.unroll_backward,
+        **_slices(rows, config, dlogits),
     )

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from segrlhf import cli, presets
+from segrlhf import cli
 from segrlhf.errors import NonFiniteError, UserError
+from segrlhf.reward.config import RewardConfig
 
 
 @pytest.fixture
@@ -73,43 +74,38 @@ def test_a_config_that_is_not_there():
         cli.parse("reward", ["--config", "nowhere.yaml", *BASE])
 
 
-@pytest.mark.parametrize("name", presets.names())
-@pytest.mark.parametrize("world_size", [1, 8])
-def test_every_preset_is_a_runnable_configuration(name, world_size, monkeypatch):
-    monkeypatch.setattr(
-        presets, "preset", lambda n, c, w, real=presets.preset: real(n, c, world_size)
-    )
-    _, _, reward = cli.parse("reward", ["--preset", name, "--output_dir", "rm", "--bf16", "false"])
-    batch = reward.per_device_train_batch_size * reward.gradient_accumulation_steps * world_size
-    assert batch == 128
-    model, _, ppo = cli.parse("ppo", ["--preset", name, "--output_dir", "policy"])
-    assert ppo.rollout_batch_size == 1024
-    granularity = reward.granularity
-    assert granularity in name
-    assert f"-{granularity}-rm-" in ppo.reward_model
-    assert (ppo.cliprange_value == 0.2) == (granularity == "bandit")
-    assert (
-        model.model_name_or_path
-        == cli.parse("reward", ["--preset", name, *BASE[4:]])[0].model_name_or_path
+def test_what_is_required_may_come_from_any_source(config):
+    path = config("model_name_or_path: lm\noutput_dir: rm\n")
+    assert cli.parse("reward", ["--config", path, *BASE[2:4], "--granularity", "token"])
+    with pytest.raises(UserError, match=r"dataset_name: expected a value, got none; pass --data"):
+        cli.parse("reward", ["--config", path, "--granularity", "token"])
+
+
+def test_a_flag_drops_what_the_config_chose_for_its_old_value(config, capsys):
+    path = config(
+        "reward_model: rm\nreward_threshold: 2.0\nnormalizer: line\nlam: 0.9\n"
+        "normalizer_line: [1, 2, 3, 4]\n"
     )
 
+    def ppo(*argv):
+        return cli.parse("ppo", ["--config", path, *BASE, *argv])[2]
 
-def test_presets_hold_the_published_lines():
-    ppo = presets.preset("phi3-mini-segment", "ppo")
-    assert ppo["normalizer_line"] == [0.7668, 0.4705, 0.2569, 2.8339]  # w_m b_m w_s b_s
-    assert presets.preset("phi3-mini-segment-2.0", "ppo")["normalizer_line"][0] == 0.7209
-    assert presets.preset("llama3-8b-sft-bandit", "ppo")["normalizer_scalar"] == [-0.8164, 2.9531]
-    llama31 = presets.preset("llama3.1-8b-token", "ppo")
-    assert (llama31["overlong_tokens"], llama31["overlong_reward"]) == (800, -0.05)
+    assert ppo("--reward_threshold", "2").normalizer_line == [1, 2, 3, 4]
+    assert ppo("--normalizer_line", "5", "6", "7", "8").normalizer_line == [5, 6, 7, 8]
+    assert capsys.readouterr().err == ""
+    other = ppo("--reward_model", "other")
+    assert (other.normalizer, other.normalizer_line) == ("auto", None)
+    assert (other.reward_threshold, other.lam) == (None, 0.9)
+    said = capsys.readouterr().err
+    assert "left out reward_threshold, normalizer, normalizer_line, chosen for reward_model" in said
+    running = ppo("--normalizer", "running")
+    assert (running.normalizer_line, running.reward_threshold) == (None, 2.0)
 
 
-def test_presets_that_cannot_be():
-    with pytest.raises(UserError, match=r"preset: expected one of phi3-mini-segment.*got 'phi4'"):
-        presets.preset("phi4", "reward")
-    with pytest.raises(UserError, match="divides the published batch of 128, got 3"):
-        presets.preset("phi3-mini-token", "reward", world_size=3)
-    with pytest.raises(UserError, match="expected a command that presets configure, got 'score'"):
-        presets.preset("phi3-mini-token", "score")
+def test_a_normaliser_without_numbers_belongs_to_every_reward_model(config):
+    path = config("reward_model: rm\nnormalizer: none\n")
+    argv = ["--config", path, *BASE, "--reward_model", "other"]
+    assert cli.parse("ppo", argv)[2].normalizer == "none"
 
 
 def test_unknown_command_suggests(capsys):
@@ -158,3 +154,26 @@ def test_top_level_help_needs_no_heavy_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
     assert "fit-normalizer" in done.stdout
+
+
+@pytest.mark.filterwarnings("error:.*checkpointing:FutureWarning")
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_has_two_names(name, config):
+    def on(got):
+        # Either is what some supported version of transformers reads.
+        assert got.activation_checkpointing == got.gradient_checkpointing
+        assert got.activation_checkpointing_kwargs == got.gradient_checkpointing_kwargs
+        return got.gradient_checkpointing
+
+    token = [*BASE, "--granularity", "token"]
+    assert not on(reward_config(*token))
+    assert on(reward_config(*token, f"--{name}"))
+    assert on(reward_config(*token, "--config", config(f"{name}: true\n")))
+    assert on(RewardConfig(output_dir="rm", granularity="token", **{name: True}))
+    options = reward_config(*token, f"--{name}_kwargs", '{"use_reentrant": false}')
+    assert options.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    preset = ("--preset", "phi3-mini-token", "--output_dir", "rm", "--bf16", "false")
+    assert on(reward_config(*preset))
+    assert not on(reward_config(*preset, f"--{name}", "false"))
+    ppo = ["--preset", "phi3-mini-token", "--output_dir", "policy", f"--{name}", "false"]
+    assert cli.parse("ppo", ppo)[2].gradient_checkpointing is False

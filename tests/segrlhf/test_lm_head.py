@@ -224,7 +224,7 @@ def test_action_token_without_a_token_before_it(tiny_lm):
 
 @pytest.mark.real_data
 def test_entropies_of_a_real_model(real_data):
-    from segrlhf.data import Renderer
+    from segrlhf.data.render import Renderer
 
     path = real_data / "tiny_lm" / "stories260K"
     lm = load_causal_lm(ModelConfig(str(path))).eval()

@@ -1,12 +1,20 @@
 """Language models, tokenizers and adapters that load, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import batch
 
 from segrlhf.configs import AdaptedModelConfig, ModelConfig
 from segrlhf.errors import UserError
-from segrlhf.models.loading import apply_lora, check_same_tokenizer, load_causal_lm, load_tokenizer
+from segrlhf.models.loading import (
+    apply_lora,
+    check_same_tokenizer,
+    load_causal_lm,
+    load_tokenizer,
+    recompute_activations,
+)
 from segrlhf.models.reward_model import SegmentRewardModel
 
 
@@ -69,6 +77,12 @@ def test_tokenizer_larger_than_the_model(tiny_lm_dir, make_tokenizer):
         SegmentRewardModel.from_causal_lm(tiny_lm_dir, "token", tokenizer=larger)
 
 
+def test_activations_are_recomputed_by_the_older_name_too():
+    calls = []
+    recompute_activations(SimpleNamespace(gradient_checkpointing_enable=calls.append))
+    assert calls == [{"use_reentrant": False}]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_trains_adapters_and_the_head(family, family_dir, tmp_path):
     model = SegmentRewardModel.from_causal_lm(family_dir(family), "token").eval()
@@ -80,7 +94,7 @@ def test_lora_trains_adapters_and_the_head(family, family_dir, tmp_path):
     assert all("lora_" in name or "score" in name for name in trained)
     assert not any("score" in name and "lora_" in name for name in trained)
     torch.testing.assert_close(lora(input_ids=ids, attention_mask=attention), before)
-    lora.gradient_checkpointing_enable()
+    recompute_activations(lora)
     optimizer = torch.optim.SGD([p for p in lora.parameters() if p.requires_grad], lr=0.1)
     lora.train()
     for _ in range(2):

@@ -1,6 +1,5 @@
 """PPO: exact over processes, micro-batches and restarts; learns; stops with messages that help."""
 
-import dataclasses
 import errno
 import inspect
 import json
@@ -11,25 +10,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from segkernels import LocationNormalizer, segment_scores
-from segrlhf import presets
+from segkernels import LocationNormalizer, scatter_segment_rewards, segment_scores
+from segrlhf import cli, presets
 from segrlhf.configs import DataConfig, ModelConfig
 from segrlhf.errors import NonFiniteError, UserError
 from segrlhf.models import lm_head
 from segrlhf.models.lm_head import token_stats
 from segrlhf.models.reward_model import SegmentRewardModel
-from segrlhf.ppo import trainer as ppo
+from segrlhf.ppo import checkpoint
+from segrlhf.ppo import trainer as trainer_module
 from segrlhf.ppo.config import PPOConfig
-from segrlhf.ppo.experience import build_normalizer
-from segrlhf.ppo.rollout import Rollout
+from segrlhf.ppo.experience import apply_reward_rules, build_normalizer, make_experience
+from segrlhf.ppo.models import PolicyAndValue, state_values
+from segrlhf.ppo.optimization import make_optimizer, make_schedule
+from segrlhf.ppo.rollout import Rollout, prompt_of
 from segrlhf.ppo.run import run
 from segrlhf.ppo.trainer import PPOTrainer
 from segrlhf.runtime.checkpoints import last_checkpoint
@@ -176,6 +179,16 @@ def test_train_writes_policy_and_metrics(lm, rm, tmp_path):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+def test_nothing_is_logged_before_there_is_a_number(lm, rm, tmp_path):
+    trainer = make_trainer(lm, rm, tmp_path / "new")
+    trainer.log.start([])
+    assert not list((tmp_path / "new").iterdir())
+    trainer.log.write({"update": 1, "lr": 0.5})
+    assert (tmp_path / "new" / "metrics.jsonl").read_text() == '{"update": 1, "lr": 0.5}\n'
+    trainer.log.start([])  # of a run that is resumed before its first checkpoint
+    assert (tmp_path / "new" / "metrics.jsonl").read_text() == ""
+
+
 def test_the_first_minibatch_has_ratio_one(lm, rm, tmp_path):
     trainer = make_trainer(lm, rm, tmp_path, num_ppo_epochs=1, mini_batch_size=8, total_episodes=8)
     (line,) = trainer.train()
@@ -228,15 +241,15 @@ def test_micro_batches_do_not_wait_for_the_device(lm, rm, tmp_path, monkeypatch)
         trainer = make_trainer(
             lm, rm, tmp_path / str(rows_each), per_device_train_batch_size=rows_each
         )
-        step = trainer._step
+        step = trainer.train_minibatch
 
         def counted(*args, step=step, rows_each=rows_each):
             with _Waits() as mode:
                 step(*args)
             waits.setdefault(rows_each, []).append(mode.count)
 
-        trainer._step = counted
-        trainer._update()
+        trainer.train_minibatch = counted
+        trainer.update()
     assert waits[1][1:] == waits[4][1:]  # the first step also asks for the rows' lengths
     assert min(waits[1]) > 0  # a step asks whether its numbers are finite
 
@@ -247,18 +260,20 @@ def test_the_reference_policy_reads_a_text_once(lm, rm, tmp_path):
     rollout = one_rollout()
     tokens = rollout.input_ids, rollout.attention_mask, rollout.action_mask
     passes = []
-    trainer.ref_policy.base_model.register_forward_hook(lambda *_: passes.append(1))
+    ref_policy = trainer.worker.ref_policy
+    ref_policy.base_model.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
-        token_stats(trainer.ref_policy, *tokens)  # which has tried the head out
+        token_stats(ref_policy, *tokens)  # which has tried the head out
         passes.clear()
-        read = trainer._read_rows(*tokens)
+        read = trainer.worker.read(rollout)
         assert len(passes) == 1
-        sampled, whole = (token_stats(trainer.ref_policy, *tokens, t) for t in (0.7, 1.0))
-    assert torch.equal(read["ref_logprobs"], sampled[0])
-    assert torch.equal(read["entropy"], whole[1])
+        sampled, whole = (token_stats(ref_policy, *tokens, t) for t in (0.7, 1.0))
+    assert torch.equal(read.ref_logprobs, sampled[0])
+    assert torch.equal(read.entropy, whole[1])
     assert not torch.equal(whole[1], sampled[1])
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_changes_nothing(lm, rm, tmp_path):
     plain = make_trainer(lm, rm, tmp_path / "plain", total_episodes=16)
     saving = make_trainer(
@@ -286,16 +301,6 @@ def test_trackers(lm, rm, tmp_path):
     assert list(tmp_path.glob("segrlhf-ppo/events*"))
     with pytest.raises(UserError, match=r"report_to: expected none or trackers .* got abacus; pip"):
         make_trainer(lm, rm, tmp_path / "other", report_to=["abacus"])
-
-
-@pytest.mark.parametrize("name", presets.names())
-def test_presets_are_valid_flags(tmp_path, name):
-    own = {f.name for f in dataclasses.fields(PPOConfig)}
-    flags = {k: v for k, v in presets.preset(name, "ppo").items() if k in own}
-    config = PPOConfig(output_dir=str(tmp_path), **flags)
-    assert config.rollout_batch_size == 1024
-    shared = {f.name for c in (ModelConfig, DataConfig) for f in dataclasses.fields(c)}
-    assert presets.preset(name, "ppo").keys() <= own | shared
 
 
 def command(lm, rm, prompts, out, *more, **changes):
@@ -354,14 +359,14 @@ def test_resume_after_kill_gives_the_same_weights(lm, rm, prompts, tmp_path):
 def test_interruption_saves_and_says_how_to_go_on(lm, rm, tmp_path, kind):
     handler = signal.getsignal(signal.SIGINT)
     trainer = make_trainer(lm, rm, tmp_path / "cut")
-    step = trainer._step
+    step = trainer.train_minibatch
 
     def interrupted_step(*args):
-        trainer._step = step
+        trainer.train_minibatch = step
         signal.raise_signal(kind)
         step(*args)
 
-    trainer._step = interrupted_step
+    trainer.train_minibatch = interrupted_step
     with pytest.raises(
         KeyboardInterrupt,
         match=r"after update 1 of 4, saved as .*checkpoint-1; go on with --resume",
@@ -376,15 +381,15 @@ def test_interruption_saves_and_says_how_to_go_on(lm, rm, tmp_path, kind):
 
 def test_non_finite_reward_names_update_prompts_and_checkpoint(lm, rm, tmp_path):
     trainer = make_trainer(lm, rm, tmp_path)
-    forward = trainer.reward_model.forward
+    forward = trainer.worker.reward_model.forward
 
     def broken(ids, **kwargs):
         rewards = forward(ids, **kwargs)
-        if trainer.done == 2:
+        if trainer.state.global_step == 2:
             rewards[ids[:, 0] == rows()[3]["prompt_ids"][0]] = torch.nan
         return rewards
 
-    trainer.reward_model.forward = broken
+    trainer.worker.reward_model.forward = broken
     with pytest.raises(
         NonFiniteError,
         match=r"update 3: .* in rewards for prompts \[3\] .* in .*checkpoint-2; look",
@@ -395,16 +400,15 @@ def test_non_finite_reward_names_update_prompts_and_checkpoint(lm, rm, tmp_path)
     assert same_weights(weights(saved / "policy"), trainer.module.policy.state_dict())
 
 
-def test_non_finite_loss_leaves_the_weights_alone(lm, rm, tmp_path):
+def test_non_finite_loss_leaves_the_weights_alone(lm, rm, tmp_path, monkeypatch):
     trainer = make_trainer(lm, rm, tmp_path)
-    reward = trainer._reward
 
     def broken(*args):
-        experience = reward(*args)
+        experience = make_experience(*args)
         experience.advantages[4:] = torch.inf
         return experience
 
-    trainer._reward = broken
+    monkeypatch.setattr(trainer_module, "make_experience", broken)
     with pytest.raises(NonFiniteError, match=r"update 1: .* in gradient of the loss for prompts"):
         trainer.train()
     saved = weights(last_checkpoint(tmp_path) / "policy")
@@ -439,9 +443,9 @@ def test_it_learns(lm, rm, tmp_path, credit):
 @pytest.mark.parametrize("source", ["policy", "reward", "PATH"])
 def test_value_model_starts_from(lm, rm, tmp_path, source):
     trainer = make_trainer(lm, rm, tmp_path, value_model=rm if source == "PATH" else source)
-    value, reward = trainer.module.value, trainer.reward_model
+    value, reward = trainer.module.value, trainer.worker.reward_model
     ids = torch.tensor([[1, 5, 6, 7]])
-    values = ppo.state_values(value, ids, torch.ones_like(ids)).detach()
+    values = state_values(value, ids, torch.ones_like(ids)).detach()
     if source == "policy":
         assert values.count_nonzero() == 0
         hidden, theirs = value.base_model(ids)[0], trainer.module.policy.base_model(ids)[0]
@@ -451,16 +455,20 @@ def test_value_model_starts_from(lm, rm, tmp_path, source):
         assert value is not reward
 
 
-def test_prompts_are_seen_once_an_epoch_in_a_seeded_order(lm, rm, tmp_path):
-    trainer = make_trainer(lm, rm, tmp_path / "a", rollout_batch_size=4)
-    seen = [trainer._prompt_at(row) for row in range(3 * len(PROMPTS))]
-    epochs = [seen[i : i + len(PROMPTS)] for i in range(0, len(seen), len(PROMPTS))]
-    assert all(sorted(epoch) == list(range(len(PROMPTS))) for epoch in epochs)
+def test_prompts_are_seen_once_an_epoch_in_a_seeded_order():
+    n = len(PROMPTS)
+    seen = [prompt_of(row, n, 0) for row in range(3 * n)]
+    epochs = [seen[i : i + n] for i in range(0, len(seen), n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    again = make_trainer(lm, rm, tmp_path / "b", rollout_batch_size=4)
-    assert again._prompt_at(13) == seen[13]
-    other = make_trainer(lm, rm, tmp_path / "c", rollout_batch_size=4, seed=1)
-    assert [other._prompt_at(row) for row in range(len(seen))] != seen
+    assert prompt_of(13, n, 0) == seen[13]
+    assert [prompt_of(row, n, 1) for row in range(3 * n)] != seen
+
+
+def test_rows_have_the_same_prompts_and_numbers_in_every_minibatch(lm, rm, tmp_path):
+    trainer = make_trainer(lm, rm, tmp_path, rollout_batch_size=4, mini_batch_size=2)
+    prompts, _ = trainer.worker.sample(3, rows())
+    assert prompts == [prompt_of(row, len(PROMPTS), 0) for row in range(12, 16)]
 
 
 def one_rollout():
@@ -474,14 +482,16 @@ def one_rollout():
     )
 
 
-def test_final_credit_pays_the_mean_of_the_segments_at_the_last_token(lm, rm, tmp_path):
-    trainer = make_trainer(lm, rm, tmp_path, reward_credit="final", normalizer="none")
-    rollout = one_rollout()
+SEGMENT_ENDS = torch.tensor(
+    [[0, 1, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0]], dtype=torch.bool
+)
+
+
+def test_final_credit_pays_the_mean_of_the_segments_at_the_last_token(tmp_path):
+    rollout, ends = one_rollout(), SEGMENT_ENDS
     rewards = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    ends = trainer.reward_model.segment_ends(
-        torch.tensor([[0, 0, 9.0, 0, 9, 0]]).expand(3, 6), rollout.action_mask, rollout.terminated
-    )
-    paid, paid_ends, _ = trainer._credit(rewards, ends, rollout)
+    config = make_config(tmp_path, reward_credit="final", normalizer="none")
+    paid, paid_ends, _ = apply_reward_rules(config, rewards, ends, rollout, None)
     assert torch.equal(paid_ends, rollout.action_mask)
     mean = segment_scores(rewards, ends, rollout.action_mask, reduction="mean")
     last = torch.tensor([4, 3, 2])
@@ -489,18 +499,38 @@ def test_final_credit_pays_the_mean_of_the_segments_at_the_last_token(lm, rm, tm
     assert paid.count_nonzero() == 3
 
 
-def test_rules_for_overlong_and_unfinished_responses(lm, rm, tmp_path):
+def test_token_mean_divides_by_the_length_of_the_response(tmp_path):
+    rollout, mask = one_rollout(), one_rollout().action_mask
+    rewards = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    normalizer = LocationNormalizer(0.1, 0.2, 0.3, 1.5)
+    flags = {"reward_reduction": "token-mean", "normalizer": "none"}
+    config = make_config(tmp_path, reward_clip=1e3, **flags)
+    for ends in (SEGMENT_ENDS, mask):
+        paid, paid_ends, credit = apply_reward_rules(config, rewards, ends, rollout, normalizer)
+        assert torch.equal(paid_ends, mask)
+        summed = scatter_segment_rewards(
+            rewards, ends, mask, normalizer=normalizer, reduction="sum", clip=1e3
+        )
+        torch.testing.assert_close(paid, summed / torch.tensor([[4.0], [3.0], [2.0]]))
+        as_paid = scatter_segment_rewards(paid, paid_ends, mask, **credit)
+        torch.testing.assert_close(as_paid, paid)
+    clipped = make_config(tmp_path, reward_clip=0.1, **flags)
+    found, _, _ = apply_reward_rules(clipped, rewards, mask, rollout, normalizer)
+    torch.testing.assert_close(found, paid.clamp(-0.1, 0.1))
+
+
+def test_rules_for_overlong_and_unfinished_responses(tmp_path):
     rollout = one_rollout()
     rewards, ends = torch.ones(3, 6), rollout.action_mask
     flags = {"normalizer": "none", "reward_reduction": "sum"}
-    trainer = make_trainer(lm, rm, tmp_path / "a", overlong_tokens=2, **flags)
-    paid, _, _ = trainer._credit(rewards, ends, rollout)
+    config = make_config(tmp_path, overlong_tokens=2, **flags)
+    paid, _, _ = apply_reward_rules(config, rewards, ends, rollout, None)
     expected = torch.zeros(3, 6)
     expected[0, 1:5] = expected[1, 1:4] = -0.05
     expected[2, 1:3] = 1
     torch.testing.assert_close(paid, expected)
-    trainer = make_trainer(lm, rm, tmp_path / "b", missing_eos_penalty=3.0, **flags)
-    paid, _, _ = trainer._credit(rewards, ends, rollout)
+    config = make_config(tmp_path, missing_eos_penalty=3.0, **flags)
+    paid, _, _ = apply_reward_rules(config, rewards, ends, rollout, None)
     expected = rollout.action_mask.float()
     expected[0, 4] = 1 - 3
     torch.testing.assert_close(paid, expected)
@@ -561,6 +591,16 @@ def test_normalizer_choices(rm, lm, tmp_path):
         ({"normalizer": "line"}, "normalizer_line: expected 4 numbers with --normalizer line"),
         ({"normalizer_scalar": [0.0, 1.0]}, "normalizer_scalar: expected 2 numbers with"),
         ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected one of .*, got 'sine'"),
+        (
+            {"lr_scheduler_kwargs": "[1]"},
+            r"lr_scheduler_kwargs: expected a json object .*, got \[1\]",
+        ),
+        ({"lr_scheduler_kwargs": "{"}, "lr_scheduler_kwargs: expected a json object .*, got {"),
+        (
+            {"lr_scheduler_kwargs": {"min_lr": 1e-7}},
+            "lr_scheduler_kwargs: expected min_lr_rate, .*, got min_lr 1e-07; give min_lr_rate",
+        ),
+        ({"warmup_steps": -1}, "warmup_steps: expected at least 0, got -1"),
     ],
 )
 def test_bad_flags(tmp_path, changes, message):
@@ -589,23 +629,75 @@ def test_checkpoint_of_another_run(lm, rm, tmp_path):
 
 def test_disk_full_keeps_earlier_checkpoints(lm, rm, tmp_path, monkeypatch):
     trainer = make_trainer(lm, rm, tmp_path, save_steps=1)
-    save = ppo.save_file
+    save = checkpoint.save_file
 
     def full(*args):
-        if trainer.done == 2:
+        if trainer.state.global_step == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(*args)
 
-    monkeypatch.setattr(ppo, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(
-        UserError, match=r"write .*checkpoint-2, got .*No space left.* free some space and go on"
-    ):
+        OSError, match=r"disk full while saving checkpoint-2 .*checkpoint-1; free"
+    ) as e:
         trainer.train()
+    assert e.value.errno == errno.ENOSPC
     assert last_checkpoint(tmp_path).name == "checkpoint-1"
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "metrics.jsonl"}
     monkeypatch.undo()
     resumed = make_trainer(lm, rm, tmp_path, save_steps=1, resume_from_checkpoint="true")
     assert len(resumed.train()) == 4
+
+
+SCHEDULES = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {"timescale": 3},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 5},
+}
+
+
+@pytest.mark.parametrize("name", get_args(get_type_hints(PPOConfig)["lr_scheduler_type"]))
+def test_both_learning_rates_follow_transformers_schedule(tmp_path, name):
+    """Whatever update is asked for first: a resumed run continues it."""
+    config = make_config(
+        tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs=SCHEDULES[name], warmup_steps=0.15
+    )
+    models = PolicyAndValue(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    rates = make_schedule(config, make_optimizer(config, models), 20)
+    optimizer = make_optimizer(config, models)
+    theirs = get_scheduler(name, optimizer, 3, 20, SCHEDULES[name])
+    expected = []
+    for _ in range(20):
+        expected.append(theirs.get_last_lr())
+        optimizer.step()
+        theirs.step()
+    for update in (7, *range(20)):
+        assert rates(update) == expected[update]
+
+
+def test_published_schedule_of_the_command_line(tmp_path, lm, rm, prompts):
+    flags = {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}',
+        "warmup_steps": 0.03,
+    }
+    words = command(lm, rm, prompts, tmp_path / "out", **flags)
+    _, _, config = cli.parse("ppo", words[words.index("ppo") + 1 :])
+    models = PolicyAndValue(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    rates = make_schedule(config, make_optimizer(config, models), 100)
+    assert [rates(update)[0] for update in (0, 3)] == [0.0, config.learning_rate]
+    assert rates(100) == pytest.approx(
+        [0.1 * config.learning_rate, 0.1 * config.value_learning_rate]
+    )
+    config.lr_scheduler_kwargs = {"power": 2}
+    with pytest.raises(UserError, match=r"lr_scheduler_kwargs: expected what .*min_lr takes, got"):
+        make_schedule(config, make_optimizer(config, models), 100)
 
 
 def arguments(lm, rm, prompts, out, **changes):

@@ -152,7 +152,8 @@ def test_learns_and_leaves_a_whole_model(train, tmp_path, granularity):
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     assert plain.num_labels == 1
     assert not list((tmp_path / "rm").glob(".*"))
-    assert trained_with(tmp_path / "rm")["max_length"] == 48
+    known = trained_with(tmp_path / "rm")
+    assert (known["max_length"], known["truncation_side"]) == (48, "none")
 
 
 def test_segments_come_from_the_entropy_model_named(train, tiny_lm_dir, tmp_path):

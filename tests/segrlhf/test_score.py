@@ -176,3 +176,34 @@ def test_bad_input(make_rm, score, pairs_file, prompts_file, write_jsonl, tmp_pa
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": "a", "response": ""}])
     with pytest.raises(UserError, match=r"expected at least one usable row, got 1 with an empty"):
         score(rm, empty)
+
+
+def test_a_tokenizer_from_elsewhere(make_rm, score, chat_tokenizer, tmp_path, write_jsonl):
+    rm = make_rm("token")
+    (rm / "tokenizer.json").unlink()
+    (rm / "tokenizer_config.json").unlink()
+    message = [{"role": "user", "content": "hi"}]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": message, "response": "yes"}])
+    with pytest.raises(UserError, match=r"tokenizer: .* pass --tokenizer_name_or_path"):
+        score(rm, rows)
+    chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    template = tmp_path / "template.jinja"
+    template.write_text(chat_tokenizer.chat_template.replace("<|end|>", "</s>"))
+    here = {"tokenizer_name_or_path": str(tmp_path / "tokenizer")}
+    (line,) = score(rm, rows, **here)[1]
+    assert line["prompt"] == "<s><|user|>hi<|end|>\n<|assistant|>"
+    (line,) = score(rm, rows, "other.jsonl", **here, chat_template_path=str(template))[1]
+    assert line["prompt"] == "<s><|user|>hi</s>\n<|assistant|>"
+
+
+def test_rows_are_read_as_in_training(make_rm, score, tmp_path, write_jsonl):
+    trained = {"max_length": 8, "max_prompt_length": 3, "truncation_side": "left"}
+    rm = make_rm("bandit", run={**trained, "force_eos": True})
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "abcdef", "response": "0123456789"}])
+    (line,) = score(rm, rows)[1]
+    assert line["response"] == "0123"  # and EOS, after the last 3 tokens of the prompt
+    assert score(rm, rows, "other.jsonl", force_eos=False)[1][0]["response"] == "01234"
+    with pytest.raises(
+        UserError, match=r"got 1 with an empty response or a prompt that is .* over 3"
+    ):
+        score(rm, rows, "none.jsonl", truncation_side="none")

@@ -81,6 +81,53 @@ def test_truncation_takes_the_end_token(tokenizer):
     assert report.summary() == "1 rows: 1 kept; 1 kept with a response cut at 11 tokens"
 
 
+def test_prompts_cut_on_the_left(tokenizer):
+    pairs, report = tokenize_pairs(
+        pairs_of(
+            # With BOS 8 + 5, of which 12 fit: the last 6 of the prompt, with the longer response.
+            {"prompt": "abcdefg", "chosen": "wxyz", "rejected": "wx"},
+            # 8 + 4 fit, though the prompt is longer than the 6 to which others are cut.
+            {"prompt": "abcdefg", "chosen": "xyz", "rejected": "z"},
+            # 8 + 9: what the cut prompt leaves is 6 tokens for the response.
+            {"prompt": "abcdefg", "chosen": "01234567", "rejected": "x"},
+        ),
+        tokenizer,
+        max_length=12,
+        max_prompt_length=6,
+        truncation_side="left",
+    )
+    texts = [
+        [tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
+        for row in pairs
+    ]
+    assert texts == [
+        ["bcdefg", "wxyz</s>", "wx</s>"],
+        ["<s>abcdefg", "xyz</s>", "z</s>"],
+        ["bcdefg", "012345", "x</s>"],
+    ]
+    assert pairs["chosen_terminated"][:] == [True, True, False]
+    assert (report.n_kept, report.prompt_truncated, report.truncated) == (3, 2, 1)
+    assert report.summary() == (
+        "3 rows: 3 kept; 1 kept with a response cut at 12 tokens; 2 kept with the last 6 tokens of "
+        "the prompt"
+    )
+
+
+def test_end_token_forced_onto_what_is_cut(tokenizer, chat_tokenizer):
+    row = {"prompt": "ab", "chosen": "01234567", "rejected": "x"}
+    limits = {"max_length": 8, "max_prompt_length": 6, "force_eos": True}
+    ((got,), report) = tokenize_pairs(pairs_of(row), tokenizer, **limits)
+    assert tokenizer.decode(got["chosen_ids"]) == "0123</s>"
+    assert tokenizer.decode(got["rejected_ids"]) == "x</s>"
+    assert got["chosen_terminated"] is True
+    assert report.truncated == 1
+    row = {"prompt": [user("a")], "chosen": [assistant("0123456789")], "rejected": [assistant("x")]}
+    limits = {"max_length": 32, "max_prompt_length": 30, "force_eos": True}
+    ((got,), _) = tokenize_pairs(pairs_of(row), chat_tokenizer, **limits)
+    assert len(got["prompt_ids"]) + len(got["chosen_ids"]) == 32
+    assert got["chosen_ids"][-1] == TURN
+
+
 def test_bad_rows_are_counted(tokenizer):
     good = {"prompt": "p", "chosen": "a", "rejected": "b"}
     rows = pairs_of(
@@ -253,6 +300,13 @@ def test_bad_prompts_are_counted(tokenizer):
 
 
 # Repeating
+
+
+def test_prompts_of_ppo_cut_on_the_left(tokenizer):
+    rows = Dataset.from_list([{"prompt": "abcdefg"}, {"prompt": "ab"}])
+    prompts, report = tokenize_prompts(rows, tokenizer, max_prompt_length=3, truncation_side="left")
+    assert [tokenizer.decode(ids) for ids in prompts["prompt_ids"][:]] == ["efg", "<s>ab"]
+    assert (report.n_kept, report.prompt_truncated) == (2, 1)
 
 
 def test_tokenizing_again_reads_the_same_result(pairs_file, tokenizer, make_tokenizer):

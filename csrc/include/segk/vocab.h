@@ -53,10 +53,11 @@ void vocab_finish(const VocabRows& rows, const bool* mask, const RowState* state
 void vocab_forward(const VocabRows& rows, const bool* mask, float* logprobs, float* entropy,
                    RowStats* stats, int threads);
 
-// dlogits [R, V] of the logits' dtype from dlogprobs [R] and dentropy [R] (either may be null). May
-// be the memory of contiguous logits. Rows without an upstream gradient are not read and get zeros.
+// dlogits [R, V] of the logits' dtype from dlogprobs [R] and dentropy [R] (either may be null). Its
+// rows start stride elements apart. May be the memory of the logits, if their rows are as far
+// apart. Rows without an upstream gradient are not read and get zeros.
 void vocab_backward(const VocabRows& rows, const RowStats* stats, const float* dlogprobs,
-                    const float* dentropy, void* dlogits, int threads);
+                    const float* dentropy, void* dlogits, int64_t stride, int threads);
 
 // out[i] = exp(x[i]) for x <= 0 as the kernels above compute it: within 1.1 ulp (1.4 with the
 // scalar ones) down to 2^-125.5, 0 below.

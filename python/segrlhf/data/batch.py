@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,23 +28,12 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor | None]:
         sides = [(row, side) for side in ("chosen", "rejected") for row in rows]
-        longest = max(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row, side in sides)
-        width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(sides), width)
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        action_mask = torch.zeros(shape, dtype=torch.bool)
-        has_entropy = "chosen_entropy" in rows[0]
-        entropy = torch.zeros(shape) if has_entropy else None
-        for n, (row, side) in enumerate(sides):
-            start = len(row["prompt_ids"])
-            end = start + len(row[f"{side}_ids"])
-            input_ids[n, :start] = torch.as_tensor(row["prompt_ids"])
-            input_ids[n, start:end] = torch.as_tensor(row[f"{side}_ids"])
-            attention_mask[n, :end] = 1
-            action_mask[n, start:end] = True
-            if entropy is not None:
-                entropy[n, start:end] = torch.tensor(row[f"{side}_entropy"])
+        input_ids, attention_mask, action_mask = pad_responses(
+            [row["prompt_ids"] for row, _ in sides],
+            [row[f"{side}_ids"] for row, side in sides],
+            pad_token_id=self.pad_token_id,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
         batch: dict[str, Tensor | None] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -53,7 +43,10 @@ class PairCollator:
             if "margin" in rows[0]
             else None,
         }
-        if entropy is not None:
+        if "chosen_entropy" in rows[0]:
+            entropy = torch.zeros(action_mask.shape)
+            of_actions = np.concatenate([row[f"{side}_entropy"] for row, side in sides])
+            entropy[action_mask] = torch.from_numpy(of_actions).float()
             batch["entropy"] = entropy
         return batch
 
@@ -73,14 +66,39 @@ def first_pairs(batch: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def pad_responses(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask, action_mask) [rows, longest], padded on the right."""
-    ids = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
-    action = [
-        torch.arange(len(p) + len(r)) >= len(p) for p, r in zip(prompts, responses, strict=True)
-    ]
-    pad = torch.nn.utils.rnn.pad_sequence
-    attention = pad([torch.ones_like(x) for x in ids], batch_first=True)
-    input_ids, action_mask = pad(ids, batch_first=True), pad(action, batch_first=True)
-    return input_ids.to(device), attention.to(device), action_mask.to(device)
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    *,
+    pad_token_id: int = 0,
+    pad_to_multiple_of: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each response behind its prompt, padding last.
+
+    Returns (input_ids int64, attention_mask int64, action_mask bool) ``[rows, longest]``, the width
+    rounded up to ``pad_to_multiple_of``; the action mask marks the response.
+    """
+    pairs = list(zip(prompts, responses, strict=True))
+    starts = torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]
+    stops = torch.tensor([len(prompt) + len(response) for prompt, response in pairs])[:, None]
+    width = math.ceil(int(stops.max()) / pad_to_multiple_of) * pad_to_multiple_of
+    position = torch.arange(width)
+    attention = position < stops
+    input_ids = torch.full(attention.shape, pad_token_id)
+    input_ids[attention] = torch.tensor(
+        [i for pair in pairs for ids in pair for i in ids], dtype=torch.int64
+    )
+    action = attention & (position >= starts)
+    return input_ids.to(device), attention.long().to(device), action.to(device)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], device: torch.device | str, *, pad_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask) int64 ``[rows, longest]``, padding first: for generation."""
+    lengths = torch.tensor([len(ids) for ids in rows])[:, None]
+    width = int(lengths.max())
+    attention = torch.arange(width) >= width - lengths
+    input_ids = torch.full(attention.shape, pad_token_id)
+    input_ids[attention] = torch.tensor([i for ids in rows for i in ids], dtype=torch.int64)
+    return input_ids.to(device), attention.long().to(device)

@@ -125,15 +125,23 @@ class Renderer:
     end token: EOS, or the token with which the chat template ends a turn (what the template writes
     after that is dropped).
 
+    With ``strip_system_header`` a conversation is rendered without what the template writes before
+    the first message of one without system message: BOS, and a system message of the template's
+    own. A conversation that brings a system message keeps its beginning.
+
     Raises UserError for a tokenizer without EOS and, on first use, for conversations without a chat
     template or with one whose rendering of prompt and response does not begin with that of the
     prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, strip_system_header: bool = False
+    ) -> None:
         check_eos(tokenizer)
         self.tokenizer = tokenizer
+        self.strip_system_header = strip_system_header
         self._ending: tuple[str, str, int] | None = None
+        self._header: str | None = None
 
     def end_token_id(self, conversational: bool) -> int:
         """The token that ends a response."""
@@ -203,10 +211,33 @@ class Renderer:
                 f"{self.tokenizer.name_or_path!r} without one; pass --chat_template_path with a "
                 "jinja file, or use rows of plain text"
             )
+        text = self._rendered(messages, generation)
+        return text.removeprefix(self._before_turns()) if self.strip_system_header else text
+
+    def _rendered(self, messages: list[Message], generation: bool = False) -> str:
         clean = [{k: v for k, v in m.items() if v is not None} for m in messages]
         return self.tokenizer.apply_chat_template(
             clean, tokenize=False, add_generation_prompt=generation
         )
+
+    def _before_turns(self) -> str:
+        """What the chat template writes before the first message: what a user's first turn has and
+        a later one has not."""
+        if self._header is None:
+            question = {"role": "user", "content": "question"}
+            answer = {"role": "assistant", "content": "answer"}
+            first = self._rendered([question])
+            before = self._rendered([question, answer])
+            whole = self._rendered([question, answer, question])
+            later = whole.removeprefix(before)
+            if later == whole or not first.endswith(later):
+                raise UserError(
+                    "chat template: expected all turns of a user to be rendered alike, got "
+                    f"{first[-40:]!r} for the first and {whole[-40:]!r} for a later one; drop "
+                    "--strip_system_header"
+                )
+            self._header = first.removesuffix(later)
+        return self._header
 
     def _after_prompt(self, prompt: list[Message], response: list[Message], start: str) -> str:
         whole = self._template([*prompt, *response], generation=False)

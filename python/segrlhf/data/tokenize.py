@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
 from . import render
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class DataReport:
-    """What became of the rows. All but ``truncated`` (kept, response cut) were dropped."""
+    """What became of the rows. All were dropped but ``truncated`` (kept, a response cut) and
+    ``prompt_truncated`` (kept, the prompt cut)."""
 
     n_rows: int = 0
     n_kept: int = 0
@@ -31,6 +32,7 @@ class DataReport:
     empty: int = 0
     malformed: int = 0
     truncated: int = 0
+    prompt_truncated: int = 0
     max_length: int | None = None
     max_prompt_length: int | None = None
 
@@ -47,7 +49,50 @@ class DataReport:
         parts += [f"{count:,} dropped {why}" for why, count in reasons.items() if count]
         if self.truncated:
             parts.append(f"{self.truncated:,} kept with a response cut at {self.max_length} tokens")
+        if self.prompt_truncated:
+            parts.append(
+                f"{self.prompt_truncated:,} kept with the last {self.max_prompt_length} tokens of "
+                "the prompt"
+            )
         return "; ".join(parts)
+
+
+class Cut(NamedTuple):
+    """A prompt and its responses, as long as they may be."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    terminated: list[bool]  # by response: ends with its end token
+    prompt_truncated: bool
+    truncated: bool  # at least one of the responses
+
+
+def cut_to_length(
+    prompt_ids: list[int],
+    responses: Sequence[list[int]],
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    truncation_side: str = "none",
+    force_eos: bool = False,
+) -> Cut | None:
+    """One row as ``tokenize_pairs`` describes it; None where the prompt is too long."""
+    kept = prompt_ids
+    if truncation_side == "left":
+        if len(prompt_ids) + max(map(len, responses)) > max_length:
+            kept = prompt_ids[-max_prompt_length:]
+    elif len(prompt_ids) > max_prompt_length:
+        return None
+    room = max_length - len(kept)
+    if room <= 0:
+        return None
+    whole = [len(ids) <= room for ids in responses]
+    cut = [
+        [*ids[: room - 1], ids[-1]] if force_eos and not fits else ids[:room]
+        for ids, fits in zip(responses, whole, strict=True)
+    ]
+    terminated = [force_eos or fits for fits in whole]
+    return Cut(kept, cut, terminated, len(kept) < len(prompt_ids), not all(whole))
 
 
 def tokenize_pairs(
@@ -56,6 +101,9 @@ def tokenize_pairs(
     *,
     max_length: int,
     max_prompt_length: int,
+    truncation_side: str = "none",
+    force_eos: bool = False,
+    strip_system_header: bool = False,
 ) -> tuple[Dataset, DataReport]:
     """Preference rows as token ids.
 
@@ -67,6 +115,12 @@ def tokenize_pairs(
     counted: a prompt over ``max_prompt_length`` tokens, a prompt that has no token (the first
     response token would have no distribution), equal responses (as text, or after the cut), an
     empty response, and an answer that is not a single assistant message.
+
+    Three options give what the published reward models read. ``truncation_side="left"``: no row is
+    dropped for its prompt; where prompt and the longer response take more than ``max_length``
+    tokens, the prompt keeps its last ``max_prompt_length`` ones. ``force_eos``: a response that is
+    cut gets its end token as the last one, and is terminated. ``strip_system_header``: see
+    ``Renderer``.
 
     Raises UserError for missing columns (naming those there are), for columns of another type, for
     a margin that is not a finite number, and when no row is left.
@@ -82,10 +136,18 @@ def tokenize_pairs(
             f"it), got {', '.join(dataset.column_names)}; {hint}"
         )
     _check_limits(max_length=max_length, max_prompt_length=max_prompt_length)
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, strip_system_header)
+    lengths: dict[str, Any] = {
+        "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
+        "truncation_side": truncation_side,
+        "force_eos": force_eos,
+    }
+    counted = ["prompt_truncated", "truncated"]  # in the report, not in the dataset
     has_margin = "margin" in dataset.column_names
     empty: dict[str, Any] = {f"{part}_ids": [] for part in ("prompt", "chosen", "rejected")}
     empty |= {f"{side}_terminated": False for side in ("chosen", "rejected")}
+    empty |= dict.fromkeys(counted, False)
 
     def tokenize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         out = [{"fate": _fate_of_texts(*split_pair(row)), **empty} for row in rows]
@@ -95,21 +157,22 @@ def tokenize_pairs(
         texts = [split_pair(rows[i]) for i in usable]
         encoded = renderer.pairs([(prompt, responses) for prompt, *responses in texts])
         for i, (prompt_ids, pair) in zip(usable, encoded, strict=True):
-            room = max_length - len(prompt_ids)
-            cut = [ids[: max(room, 0)] for ids in pair]
+            cut = cut_to_length(prompt_ids, pair, **lengths)
             if not prompt_ids:
                 out[i]["fate"] = "no_prompt"
-            elif len(prompt_ids) > max_prompt_length or room <= 0:
+            elif cut is None:
                 out[i]["fate"] = "prompt_too_long"
-            elif cut[0] == cut[1]:
+            elif cut.responses[0] == cut.responses[1]:
                 out[i]["fate"] = "equal"
             else:
                 out[i] |= {
-                    "prompt_ids": prompt_ids,
-                    "chosen_ids": cut[0],
-                    "rejected_ids": cut[1],
-                    "chosen_terminated": len(pair[0]) <= room,
-                    "rejected_terminated": len(pair[1]) <= room,
+                    "prompt_ids": cut.prompt,
+                    "chosen_ids": cut.responses[0],
+                    "rejected_ids": cut.responses[1],
+                    "chosen_terminated": cut.terminated[0],
+                    "rejected_terminated": cut.terminated[1],
+                    "prompt_truncated": cut.prompt_truncated,
+                    "truncated": cut.truncated,
                 }
         return out
 
@@ -117,23 +180,30 @@ def tokenize_pairs(
 
     columns: dict[str, Any] = _ids_features("prompt_ids", "chosen_ids", "rejected_ids")
     columns |= {f"{side}_terminated": Value("bool") for side in ("chosen", "rejected")}
+    columns |= {name: Value("bool") for name in counted}
     if has_margin:
         columns["margin"] = Value("float64")
-    kept, fates = _map(dataset, tokenize, columns, tokenizer, (max_length, max_prompt_length))
+    options = (*lengths.values(), strip_system_header)
+    kept, fates = _map(dataset, tokenize, columns, tokenizer, options)
     report = _report(fates, max_length=max_length, max_prompt_length=max_prompt_length)
-    ended = [kept.with_format("numpy")[f"{side}_terminated"][:] for side in ("chosen", "rejected")]
-    report.truncated = sum(not (a and b) for a, b in zip(*ended, strict=True))
-    return kept, report
+    for name in counted:
+        setattr(report, name, sum(kept[name][:]))
+    return kept.remove_columns(counted), report
 
 
 def tokenize_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_prompt_length: int
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int,
+    truncation_side: str = "none",
 ) -> tuple[Dataset, DataReport]:
     """Prompts as token ids, from prompt rows or from the prompts of preference rows.
 
     Returns the kept rows in their order, with columns ``prompt_ids`` (list of int32), ``prompt``
     (the text as rendered) and ``conversational`` (bool), and a report. Dropped and counted: a
-    prompt over ``max_prompt_length`` tokens, an empty prompt. Raises UserError for missing columns,
+    prompt over ``max_prompt_length`` tokens (with ``truncation_side="left"`` its last ones are kept
+    instead), an empty prompt. Raises UserError for missing columns,
     columns of another type, and when no row is left.
     """
     pairs = {"chosen", "rejected"} <= set(dataset.column_names)
@@ -154,12 +224,13 @@ def tokenize_prompts(
                 fate = "empty"
             elif not ids:
                 fate = "no_prompt"
-            elif len(ids) > max_prompt_length:
+            elif len(ids) > max_prompt_length and truncation_side == "none":
                 fate = "prompt_too_long"
             out.append(
                 {
                     "fate": fate,
-                    "prompt_ids": ids,
+                    "prompt_ids": ids[-max_prompt_length:],
+                    "prompt_truncated": len(ids) > max_prompt_length,
                     "prompt": renderer.prompt_text(prompt),
                     "conversational": isinstance(prompt, list),
                 }
@@ -170,8 +241,12 @@ def tokenize_prompts(
 
     columns = _ids_features("prompt_ids")
     columns |= {"prompt": Value("string"), "conversational": Value("bool")}
-    kept, fates = _map(dataset, tokenize, columns, tokenizer, (max_prompt_length,))
-    return kept, _report(fates, max_prompt_length=max_prompt_length)
+    columns["prompt_truncated"] = Value("bool")
+    options = (max_prompt_length, truncation_side)
+    kept, fates = _map(dataset, tokenize, columns, tokenizer, options)
+    report = _report(fates, max_prompt_length=max_prompt_length)
+    report.prompt_truncated = sum(kept["prompt_truncated"][:])
+    return kept.remove_columns("prompt_truncated"), report
 
 
 def _ids_features(*names: str) -> dict[str, Any]:
@@ -224,7 +299,7 @@ def _map(
     function: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
     columns: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    options: tuple[int, ...],
+    options: tuple[Any, ...],
 ) -> tuple[Dataset, Counter[str]]:
     """(rows whose fate is "kept", without that column; how many met each fate)."""
     from datasets import Features, Value

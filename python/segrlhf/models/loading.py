@@ -81,17 +81,16 @@ def load_causal_lm(config: ModelConfig, **kwargs: Any) -> PreTrainedModel:
     )
 
 
-def load_tokenizer(
-    source: ModelConfig | str | Path, chat_template_path: str | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelConfig | str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model: of a config, or of a directory or hub name.
 
     A tokenizer without pad token stays as it is: ``data.render.pad_token_id`` pads with EOS, and
     the attention mask tells padding. Raises UserError for one that cannot be read, one without
     EOS, and a chat template file that is not there.
     """
+    remedy = "pass --tokenizer_name_or_path"
     if not isinstance(source, ModelConfig):
-        source = ModelConfig(str(source), chat_template_path=chat_template_path)
+        source, remedy = ModelConfig(str(source)), "put the files of its tokenizer there"
     name = source.tokenizer_name_or_path or source.model_name_or_path
     revision = "main" if source.tokenizer_name_or_path else source.model_revision
     try:
@@ -101,8 +100,7 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer: expected a directory or hub name with tokenizer files, got {name}, which "
-            f"cannot be read: {(str(error).strip().splitlines() or [''])[0]}; pass "
-            "--tokenizer_name_or_path"
+            f"cannot be read: {(str(error).strip().splitlines() or [''])[0]}; {remedy}"
         ) from error
     check_eos(tokenizer)
     if source.chat_template_path is not None:
@@ -143,6 +141,13 @@ def check_same_tokenizer(policy: PreTrainedTokenizerBase, reward: PreTrainedToke
         f"{reward.name_or_path} with {what}; train the reward model from a model of the policy's "
         "family, since rewards are read at the policy's own tokens"
     )
+
+
+def recompute_activations(model: Any) -> None:
+    """Saves memory in training: activations are computed again in the backward pass."""
+    # transformers 5.23 renamed it and warns of the older name.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def apply_lora(model: PreTrainedModel, config: AdaptedModelConfig, task_type: str) -> nn.Module:

@@ -132,12 +132,12 @@ class SegmentRewardModel(PreTrainedModel):
     ) -> SegmentRewardModel:
         """An untrained reward model on the backbone of a language model.
 
-        The head is drawn N(0, variance 1 / (hidden size + 1)) with ``seed``; the backbone is
-        copied exactly. ``entropy_threshold`` (nats) is required for segments. With ``tokenizer``
-        its size is checked and its pad token is written into the config, where plain
-        sequence-classification code looks for it; a pad token that is also EOS is left out there,
-        because that code would take the EOS of a response for padding. Raises UserError as
-        ``from_pretrained`` does.
+        The head is drawn normal with standard deviation 1 / (hidden size + 1) and ``seed``, as in
+        the paper's published code; the backbone is copied exactly. ``entropy_threshold`` (nats) is
+        required for segments. With ``tokenizer`` its size is checked and its pad token is written
+        into the config, where plain sequence-classification code looks for it; a pad token that is
+        also EOS is left out there, because that code would take the EOS of a response for padding.
+        Raises UserError as ``from_pretrained`` does.
         """
         where = {key: kwargs[key] for key in _WHERE if key in kwargs}
         config = load_config(name_or_path, where, kwargs.get("trust_remote_code", False))
@@ -172,7 +172,7 @@ class SegmentRewardModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if module is getattr(self, "score", None):
             hidden = module.weight.shape[1]
-            initialization.normal_(module.weight, std=1.0 / math.sqrt(hidden + 1))
+            initialization.normal_(module.weight, std=1.0 / (hidden + 1))
         else:
             super()._init_weights(module)
 

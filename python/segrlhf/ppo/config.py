@@ -2,83 +2,96 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from ..configs import flag
 from ..errors import UserError
 
-
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+# What a normaliser's numbers were fitted to.
+_REWARDS = ("reward_model", "reward_granularity", "reward_threshold")
 
 
 @dataclass
 class PPOConfig:
     """Flags of ``segrlhf ppo``. Batch sizes count rows over all processes, unless they say not."""
 
-    output_dir: str = field(metadata={"help": "Where policy, checkpoints and metrics.jsonl go."})
-    reward_model: str = field(metadata={"help": "Reward model: a directory or a hub name."})
+    output_dir: str = flag(..., "Where policy, checkpoints and metrics.jsonl go.")
+    reward_model: str = flag(
+        ..., "Reward model: a directory or a hub name.", depends_on=("reward_granularity",)
+    )
 
     # reward
-    reward_granularity: str | None = _flag(
+    reward_granularity: str | None = flag(
         None, "segment, token or bandit; default: what the reward model's config says."
     )
-    reward_threshold: float | None = _flag(
-        None, "Entropy (nats) over which a segment starts; default: the reward model's own."
+    reward_threshold: float | None = flag(
+        None,
+        "Entropy (nats) over which a segment starts; default: the reward model's own.",
+        depends_on=("reward_model", "reward_granularity"),
     )
-    normalizer: Literal["auto", "none", "running", "line", "scalar"] = _flag(
+    normalizer: Literal["auto", "none", "running", "line", "scalar"] = flag(
         "auto",
         "auto (the one fitted into the reward model's config), none, running (fitted to the "
         "rollouts as they come), line or scalar (given by the two flags below).",
+        depends_on={"line": _REWARDS, "scalar": _REWARDS},
     )
-    normalizer_line: list[float] | None = field(
-        default=None,
-        metadata={"help": "w_m b_m w_s b_s: mean(p) = w_m ln p + b_m, std(p) = w_s ln p + b_s."},
+    normalizer_line: list[float] | None = flag(
+        None,
+        "w_m b_m w_s b_s: mean(p) = w_m ln p + b_m, std(p) = w_s ln p + b_s.",
+        depends_on=("normalizer",),
     )
-    normalizer_scalar: list[float] | None = field(
-        default=None, metadata={"help": "Mean and std of --normalizer scalar."}
+    normalizer_scalar: list[float] | None = flag(
+        None, "Mean and std of --normalizer scalar.", depends_on=("normalizer",)
     )
-    reward_credit: Literal["segments", "final"] = _flag(
+    reward_credit: Literal["segments", "final"] = flag(
         "segments",
         "segments: each segment's tokens are paid its reward. final: the mean over the row's "
         "segments is paid at its last token (a control: same reward model, no credit placement).",
     )
-    reward_spread: Literal["even", "repeat", "last"] = _flag(
+    reward_spread: Literal["even", "repeat", "last"] = flag(
         "even", "How a segment's reward goes to its tokens: even, repeat or last."
     )
-    reward_reduction: Literal["mean", "sum"] = _flag(
+    reward_reduction: Literal["mean", "sum", "token-mean"] = flag(
         "mean",
         "mean: a row's rewards add up to the mean of its segments. sum: to their sum (the authors' "
-        "form; weakens the KL penalty by the number of segments).",
+        "form; weakens the KL penalty by the number of segments). token-mean: to their sum over "
+        "the number of the response's tokens (the authors' length norm).",
     )
-    reward_clip: float = _flag(10.0, "Token rewards are clipped to plus and minus this.")
-    missing_eos_penalty: float | None = _flag(
+    reward_clip: float = flag(10.0, "Token rewards are clipped to plus and minus this.")
+    missing_eos_penalty: float | None = flag(
         None, "Taken off the last token's reward of a response without EOS."
     )
-    overlong_tokens: int | None = _flag(
+    overlong_tokens: int | None = flag(
         None, "A response of more tokens, or without EOS, earns --overlong_reward instead."
     )
-    overlong_reward: float = _flag(-0.05, "Reward on every token of an overlong response.")
+    overlong_reward: float = flag(-0.05, "Reward on every token of an overlong response.")
 
     # rollouts
-    total_episodes: int | None = _flag(
+    total_episodes: int | None = flag(
         None, "Responses to sample in all; default: num_episodes times the prompts."
     )
-    num_episodes: float = _flag(1.0, "Passes over the prompts.")
-    rollout_batch_size: int = _flag(128, "Responses sampled an update.")
-    generation_batch_size: int = _flag(64, "Rows that one process generates at a time.")
-    response_length: int = _flag(256, "Most tokens of a response.")
-    max_prompt_length: int = _flag(512, "Prompts of more tokens are dropped and counted.")
-    temperature: float = _flag(1.0, "Sampling temperature; log-probabilities are taken at it too.")
+    num_episodes: float = flag(1.0, "Passes over the prompts.")
+    rollout_batch_size: int = flag(128, "Responses sampled an update.")
+    generation_batch_size: int = flag(64, "Rows that one process generates at a time.")
+    response_length: int = flag(256, "Most tokens of a response.")
+    max_prompt_length: int = flag(
+        512, "Prompts of more tokens are dropped and counted; see --truncation_side."
+    )
+    truncation_side: Literal["none", "left"] = flag(
+        "none", "left: a prompt of more than max_prompt_length tokens keeps its last ones."
+    )
+    temperature: float = flag(1.0, "Sampling temperature; log-probabilities are taken at it too.")
 
     # optimisation
-    num_ppo_epochs: int = _flag(1, "Passes over each batch of rollouts.")
-    mini_batch_size: int = _flag(64, "Rows of one optimizer step.")
-    per_device_train_batch_size: int = _flag(8, "Rows of one forward pass of one process.")
-    learning_rate: float = _flag(5e-7, "Policy's learning rate.")
-    value_learning_rate: float = _flag(9e-6, "Value model's learning rate.")
+    num_ppo_epochs: int = flag(1, "Passes over each batch of rollouts.")
+    mini_batch_size: int = flag(64, "Rows of one optimizer step.")
+    per_device_train_batch_size: int = flag(8, "Rows of one forward pass of one process.")
+    learning_rate: float = flag(5e-7, "Policy's learning rate.")
+    value_learning_rate: float = flag(9e-6, "Value model's learning rate.")
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -86,53 +99,64 @@ class PPOConfig:
         "constant",
         "constant_with_warmup",
         "inverse_sqrt",
-    ] = _flag("linear", "Schedule over updates, by transformers' names.")
-    warmup_ratio: float = _flag(0.0, "Share of the updates in which the learning rates rise.")
-    adam_beta1: float = _flag(0.9, "AdamW's first beta.")
-    adam_beta2: float = _flag(0.999, "AdamW's second beta.")
-    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
-    weight_decay: float = _flag(0.0, "AdamW's weight decay.")
-    max_grad_norm: float = _flag(1.0, "Gradient norm limit, of policy and value model each.")
-    gradient_checkpointing: bool = _flag(False, "Recompute activations to save memory.")
-    mixed_precision: Literal["no", "bf16"] = _flag(
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ] = flag("linear", "Schedule over updates, by transformers' names.")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = flag(
+        None,
+        'More settings of the schedule as json, e.g. {"min_lr_rate": 0.1}.',
+        depends_on=("lr_scheduler_type",),
+    )
+    warmup_steps: float = flag(
+        0.0, "Updates in which the learning rates rise; below 1: their share of all updates."
+    )
+    adam_beta1: float = flag(0.9, "AdamW's first beta.")
+    adam_beta2: float = flag(0.999, "AdamW's second beta.")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
+    weight_decay: float = flag(0.0, "AdamW's weight decay.")
+    max_grad_norm: float = flag(1.0, "Gradient norm limit, of policy and value model each.")
+    gradient_checkpointing: bool = flag(
+        False, "Recompute activations to save memory.", aliases=["--activation_checkpointing"]
+    )
+    mixed_precision: Literal["no", "bf16"] = flag(
         "no", "no or bf16. Trained weights are always kept in float32."
     )
-    use_cpu: bool = _flag(False, "Run on CPUs though there is a GPU.")
+    use_cpu: bool = flag(False, "Run on CPUs though there is a GPU.")
 
     # PPO
-    kl_coef: float = _flag(0.05, "beta: weight of the KL penalty in the reward.")
-    kl_target: float | None = _flag(
+    kl_coef: float = flag(0.05, "beta: weight of the KL penalty in the reward.")
+    kl_target: float | None = flag(
         None, "Nats a response that an adaptive beta steers to; default: beta stays fixed."
     )
-    kl_horizon: int = _flag(10_000, "Episodes over which the adaptive beta moves.")
-    gamma: float = _flag(1.0, "Discount.")
-    lam: float = _flag(0.95, "Lambda of generalised advantage estimation.")
-    cliprange: float = _flag(0.2, "Clip range of the probability ratio.")
-    cliprange_value: float = _flag(0.2, "Clip range of the values.")
-    whiten_advantages: bool = _flag(True, "Advantages get mean 0 and variance 1 over the rollouts.")
-    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = _flag(
+    kl_horizon: int = flag(10_000, "Episodes over which the adaptive beta moves.")
+    gamma: float = flag(1.0, "Discount.")
+    lam: float = flag(0.95, "Lambda of generalised advantage estimation.")
+    cliprange: float = flag(0.2, "Clip range of the probability ratio.")
+    cliprange_value: float = flag(0.2, "Clip range of the values.")
+    whiten_advantages: bool = flag(True, "Advantages get mean 0 and variance 1 over the rollouts.")
+    loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = flag(
         "token-mean", "token-mean, seq-mean-token-mean or seq-mean-token-sum."
     )
-    entropy_model: str | None = _flag(
+    entropy_model: str | None = flag(
         None,
         "LM whose entropy divides responses into segments; default: the one that the reward model "
         "was trained with. policy: the reference policy.",
     )
-    value_model: str = _flag(
+    value_model: str = flag(
         "policy", "What the value model starts from: policy, reward, or a reward model's directory."
     )
 
     # running
-    seed: int = _flag(0, "Fixes prompt order and sampling.")
-    logging_steps: int = _flag(1, "Updates between lines of metrics.jsonl.")
-    eval_steps: int | None = _flag(None, "Updates between evaluations; default: none.")
-    save_steps: int | None = _flag(50, "Updates between checkpoints; 0: only when interrupted.")
-    save_total_limit: int | None = _flag(None, "Keep this many of the newest checkpoints.")
-    report_to: list[str] = field(
-        default_factory=lambda: ["none"],
-        metadata={"help": "Trackers of accelerate: tensorboard, wandb, ... or none."},
+    seed: int = flag(0, "Fixes prompt order and sampling.")
+    logging_steps: int = flag(1, "Updates between lines of metrics.jsonl.")
+    eval_steps: int | None = flag(None, "Updates between evaluations; default: none.")
+    save_steps: int | None = flag(50, "Updates between checkpoints; 0: only when interrupted.")
+    save_total_limit: int | None = flag(None, "Keep this many of the newest checkpoints.")
+    report_to: list[str] = flag(
+        ["none"], "Trackers of accelerate: tensorboard, wandb, ... or none."
     )
-    resume_from_checkpoint: str | None = _flag(
+    resume_from_checkpoint: str | None = flag(
         None, "true (the newest checkpoint of output_dir) or a checkpoint's directory."
     )
 
@@ -144,6 +168,7 @@ class PPOConfig:
             allowed, got = get_args(hint), getattr(self, name)
             if get_origin(hint) is Literal and got not in allowed:
                 raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
+        self._check_schedule()
         for name in (
             "rollout_batch_size", "generation_batch_size", "response_length", "num_ppo_epochs",
             "mini_batch_size", "per_device_train_batch_size", "temperature", "max_grad_norm",
@@ -164,6 +189,27 @@ class PPOConfig:
                     f"{name}: expected {n} numbers with --normalizer {kind} and none without, "
                     f"got {given} with --normalizer {self.normalizer}"
                 )
+
+    def _check_schedule(self) -> None:
+        given = self.lr_scheduler_kwargs
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except ValueError:
+                given = None
+            if not isinstance(given, dict):
+                raise UserError(
+                    'lr_scheduler_kwargs: expected a json object like {"min_lr_rate": 0.1}, got '
+                    f"{self.lr_scheduler_kwargs}"
+                )
+            self.lr_scheduler_kwargs = given
+        if given and "min_lr" in given:
+            raise UserError(
+                f"lr_scheduler_kwargs: expected min_lr_rate, a share of both learning rates, got "
+                f"min_lr {given['min_lr']}; give min_lr_rate instead"
+            )
+        if not self.warmup_steps >= 0:
+            raise UserError(f"warmup_steps: expected at least 0, got {self.warmup_steps}")
 
     @property
     def resumes(self) -> bool:

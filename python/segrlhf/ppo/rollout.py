@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from ..data.batch import pad_left, pad_responses
 from ..data.render import pad_token_id
 from ..errors import NonFiniteError, UserError
 
@@ -74,6 +76,24 @@ class RowSampler(LogitsProcessor):
         self.broken |= ~cdf[:, -1].isfinite()
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=cdf.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def seed_from(*parts: object) -> int:
+    """A seed from several numbers or names; neighbours give unrelated seeds."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")
+
+
+def prompt_of(row: int, n_prompts: int, seed: int) -> int:
+    """Index of the prompt of a run's row-th response: each once an epoch, in a new order."""
+    epoch, place = divmod(row, n_prompts)
+    return _epoch_order(n_prompts, seed, epoch)[place]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(n_prompts: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed_from(seed, "epoch", epoch))
+    return torch.randperm(n_prompts, generator=generator).tolist()
 
 
 def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
@@ -154,16 +174,14 @@ def generate(
     with _own_rules_only(policy):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            width = len(prompt_ids[rows[0]])
-            ids = torch.full((len(rows), width), pad)
-            attention = torch.zeros_like(ids)
-            for i, row in enumerate(rows):
-                ids[i, width - len(prompt_ids[row]) :] = torch.tensor(prompt_ids[row])
-                attention[i, width - len(prompt_ids[row]) :] = 1
+            ids, attention = pad_left(
+                [prompt_ids[row] for row in rows], policy.device, pad_token_id=pad
+            )
+            width = ids.shape[1]
             sampler = RowSampler(uniforms[rows], width, temperature)
             out = policy.generate(
-                input_ids=ids.to(policy.device),
-                attention_mask=attention.to(policy.device),
+                input_ids=ids,
+                attention_mask=attention,
                 generation_config=rules,
                 logits_processor=LogitsProcessorList([sampler]),
             )[:, width:].cpu()
@@ -177,29 +195,8 @@ def generate(
             f"of {len(prompt_ids)}; the policy's weights or its precision are broken"
         )
     ordered = [responses[row] for row in range(len(order))]
-    return _repacked(prompt_ids, ordered, ends, pad, policy.device)
-
-
-def _repacked(
-    prompt_ids: Sequence[Sequence[int]],
-    responses: list[list[int]],
-    ends: list[int],
-    pad: int,
-    device: torch.device,
-) -> Rollout:
-    lengths = torch.tensor([[len(p), len(r)] for p, r in zip(prompt_ids, responses, strict=True)])
-    total = lengths.sum(1)
-    ids = torch.full((len(responses), int(total.max())), pad)
-    for row, (prompt, response) in enumerate(zip(prompt_ids, responses, strict=True)):
-        ids[row, : total[row]] = torch.tensor([*prompt, *response])
-    position = torch.arange(ids.shape[1])
-    attention = position < total[:, None]
-    return Rollout(
-        input_ids=ids.to(device),
-        attention_mask=attention.long().to(device),
-        action_mask=(attention & (position >= lengths[:, :1])).to(device),
-        terminated=torch.tensor([r[-1] in ends for r in responses], device=device),
-    )
+    terminated = torch.tensor([ids[-1] in ends for ids in ordered], device=policy.device)
+    return Rollout(*pad_responses(prompt_ids, ordered, policy.device, pad_token_id=pad), terminated)
 
 
 def _check_prompts(policy: Any, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:

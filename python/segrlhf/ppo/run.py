@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,10 @@ def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, An
             rows = load_split(data, split)
             if rows is not None:
                 prompts[split], report = tokenize_prompts(
-                    rows, tokenizer, max_prompt_length=config.max_prompt_length
+                    rows,
+                    tokenizer,
+                    max_prompt_length=config.max_prompt_length,
+                    truncation_side=config.truncation_side,
                 )
                 say(f"{split} prompts: {report.summary()}")
 
@@ -68,10 +70,10 @@ def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, An
     )
     history = trainer.train()
     say(f"policy saved in {config.output_dir}")
-    # end_training joins gloo's threads with the GIL held, while one that is still dropping the last
-    # collective's tensors waits for the GIL; asleep, this thread lets it have it.
-    time.sleep(0.1)
-    trainer.accelerator.end_training()
+    # Not end_training: it also takes down the process group, which is the launch's and whose gloo
+    # threads it would join with the GIL held, while one may still need the GIL to drop a tensor.
+    for tracker in trainer.accelerator.trackers:
+        tracker.finish()
     return history[-1]
 
 

@@ -2,66 +2,85 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
+from ..configs import PairConfig, flag
 from ..errors import UserError
 from ..models.reward_model import check_threshold
 
 
 @dataclass
-class RewardConfig(TrainingArguments):
+class RewardConfig(PairConfig, TrainingArguments):
     """Arguments of ``segrlhf reward``: transformers' TrainingArguments and these.
 
     ``label_smoothing_factor`` is the label smoothing of the Bradley-Terry loss.
     """
 
-    granularity: Literal["segment", "token", "bandit"] = field(
-        default="segment", metadata={"help": "What gets one reward."}
+    granularity: Literal["segment", "token", "bandit"] = flag("segment", "What gets one reward.")
+    entropy_threshold: float | None = flag(
+        None,
+        "Segments only: a token whose entropy exceeds this many nats starts a segment.",
+        depends_on=("granularity",),
     )
-    entropy_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Segments only: a token whose entropy exceeds this many nats starts a segment."
-        },
+    entropy_model: str | None = flag(
+        None, "Frozen LM that gives the entropies; default: the model itself."
     )
-    entropy_model: str | None = field(
-        default=None,
-        metadata={"help": "Frozen LM that gives the entropies; default: the model itself."},
+    center_rewards_coefficient: float | None = flag(
+        None, "Weight of mean[(score_chosen + score_rejected)^2]."
     )
-    max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response."})
-    max_prompt_length: int = field(
-        default=1728, metadata={"help": "Rows with a longer prompt are dropped and counted."}
+    score_reduction: Literal["mean", "sum"] = flag(
+        "mean", "How segment rewards make the score of a response."
     )
-    center_rewards_coefficient: float | None = field(
-        default=None, metadata={"help": "Weight of mean[(score_chosen + score_rejected)^2]."}
+    entropy_cache_dir: str | None = flag(
+        None, "Where entropies are kept; default ~/.cache/segrlhf/entropy."
     )
-    score_reduction: Literal["mean", "sum"] = field(
-        default="mean", metadata={"help": "How segment rewards make the score of a response."}
+    entropy_batch_size: int = flag(16, "Responses in one forward of the entropy model.")
+    num_train_epochs: float = flag(1.0, "Passes over the pairs.")
+    logging_steps: float = flag(10, "Steps between two logs.")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = flag(
+        None,
+        'More settings of the schedule as json, e.g. {"min_lr_rate": 0.1}.',
+        depends_on=("lr_scheduler_type",),
     )
-    entropy_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where entropies are kept; default ~/.cache/segrlhf/entropy."},
+    # Transformers 5.17 knows the second name only, 5.23 warns of it: here both are one flag.
+    activation_checkpointing: bool | None = flag(
+        None, "Recompute activations to save memory.", nargs="?", const=True
     )
-    entropy_batch_size: int = field(
-        default=16, metadata={"help": "Responses in one forward of the entropy model."}
+    gradient_checkpointing: bool | None = flag(
+        None,
+        "Same as --activation_checkpointing.",
+        nargs="?",
+        const=True,
+        dest="activation_checkpointing",
     )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every parameter of a reward model is used."}
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = flag(
+        None, "Options of transformers for it, as json."
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: pairs are no arguments of the model."}
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = flag(
+        None,
+        "Same as --activation_checkpointing_kwargs.",
+        dest="activation_checkpointing_kwargs",
+    )
+    ddp_find_unused_parameters: bool | None = flag(
+        False, "Every parameter of a reward model is used."
+    )
+    remove_unused_columns: bool = flag(
+        False, "Must stay false: pairs are no arguments of the model."
     )
 
     def __post_init__(self) -> None:
         # Else the processes of torchrun would each train alone, into the same directory.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        for what in ("checkpointing", "checkpointing_kwargs"):
+            given = getattr(self, f"activation_{what}")
+            given = getattr(self, f"gradient_{what}") if given is None else given
+            setattr(self, f"activation_{what}", given)
+            setattr(self, f"gradient_{what}", given)
         super().__post_init__()
         for name, allowed in (
             ("granularity", ("segment", "token", "bandit")),

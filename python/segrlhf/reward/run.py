@@ -9,7 +9,7 @@ from typing import Any
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..configs import AdaptedModelConfig, DataConfig
+from ..configs import AdaptedModelConfig, DataConfig, PairConfig
 from ..data.load import load_split
 from ..data.tokenize import tokenize_pairs
 from ..entropy_cache import Pairs, build_entropy_cache
@@ -39,12 +39,7 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
             rows = load_split(data, split)
             if rows is None:
                 continue
-            pairs[split], report = tokenize_pairs(
-                rows,
-                tokenizer,
-                max_length=config.max_length,
-                max_prompt_length=config.max_prompt_length,
-            )
+            pairs[split], report = tokenize_pairs(rows, tokenizer, **config.tokenization)
             say(f"{split}: {report.summary()}")
     if config.eval_strategy != "no" and "eval" not in pairs:
         raise UserError(
@@ -105,11 +100,7 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
     metrics = {**output.metrics, **(trainer.evaluate() if "eval" in datasets else {})}
     trainer.save_final(
         config.output_dir,
-        {
-            "max_length": config.max_length,
-            "max_prompt_length": config.max_prompt_length,
-            "score_reduction": config.score_reduction,
-        },
+        {**config.tokenization, "score_reduction": config.score_reduction},
     )
     say(f"reward model: {config.output_dir}")
     return {
@@ -120,7 +111,7 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
 
 
 def trained_with(reward_model: str | Path) -> dict[str, Any]:
-    """How a reward model's data was tokenized and scored; the published settings if unknown."""
-    known = {"max_length": 2048, "max_prompt_length": 1728, "score_reduction": "mean"}
+    """How a reward model's data was tokenized and scored; the defaults of ``reward`` if unknown."""
+    known = {**PairConfig().tokenization, "score_reduction": "mean"}
     path = Path(reward_model) / RUN_FILE
     return {**known, **json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else known
