@@ -142,7 +142,8 @@ def linear_policy_loss(
     def definition(hidden, weight, targets, old_logprobs, advantages, mask):
         new = _definition(hidden.flatten(0, 1), weight, targets.flatten())["logprobs"]
         new = new.view(targets.shape)
-        return {"loss": sk.policy_loss(new, old_logprobs, advantages, mask, backend="reference")}
+        out = sk.policy_loss(new, old_logprobs, advantages, mask, backend="reference")
+        return {"loss": out.loss}
 
     others = [
         *textbook(eager.linear_policy_loss),

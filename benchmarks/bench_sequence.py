@@ -278,7 +278,8 @@ def running_normalizer(workload: str, stream: Stream) -> Case:
 
 def policy_loss(workload: str, stream: Stream, *, backward: bool) -> Case:
     def fused(logprobs, old_logprobs, advantages, mask, **where):
-        return {"loss": sk.policy_loss(logprobs, old_logprobs, advantages, mask, **where)}
+        out = sk.policy_loss(logprobs, old_logprobs, advantages, mask, **where)
+        return {"loss": out.loss}
 
     return _case(
         "policy_loss",

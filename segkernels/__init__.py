@@ -9,10 +9,10 @@ from .advantages import segment_advantages
 from .bradley_terry import BradleyTerry, segment_bradley_terry, segment_scores
 from .gae import gae
 from .linear import linear_logprobs_and_entropy
-from .linear_policy import PolicyLoss, linear_policy_loss
+from .linear_policy import linear_policy_loss
 from .normalizer import LocationNormalizer, Normalizer, ScalarNormalizer, TableNormalizer
 from .normalizer_fit import LocationFit, fit_location
-from .ppo_loss import policy_loss, value_loss
+from .ppo_loss import PolicyLoss, policy_loss, value_loss
 from .rewards import scatter_segment_rewards
 from .running_normalizer import RunningLocationNormalizer, normalizer_from_dict
 from .segments import segment_ends, segment_offsets, segment_positions

@@ -21,7 +21,7 @@ from .layout import (
 )
 from .linear import linear_bwd, linear_fwd, linear_logprobs_and_entropy
 from .objective import Objective
-from .ppo_loss import Aggregation, check_aggregation, check_clip
+from .ppo_loss import Aggregation, PolicyLoss, check_aggregation, check_clip, check_kl_coef
 from .projection import (
     HiddenRows,
     Projection,
@@ -41,16 +41,6 @@ from .token_stats import IGNORED, check_row_inputs, check_row_values, empty_stat
 MOST_ROUNDINGS = 16
 # Products of fewer rows spend more time on moving the weight than a fourth product takes.
 FEWEST_ROWS = 32
-
-
-class PolicyLoss(NamedTuple):
-    """What ``linear_policy_loss`` returns; only ``loss`` carries a gradient."""
-
-    loss: Tensor  # []
-    logprobs: Tensor  # stream, nats
-    entropy: Tensor  # stream, nats
-    clip_fraction: Tensor  # [], share of the action tokens whose ratio is held by clipping
-    approx_kl: Tensor  # [], mean over action tokens of (logprob - old_logprob)^2 / 2, nats
 
 
 def linear_policy_loss(
@@ -145,13 +135,8 @@ def linear_policy_loss(
     check_clip(clip)
     check_aggregation(aggregation)
     check_workspace(workspace)
-    check_coefficient("kl_coef", kl_coef)
+    check_kl_coef(kl_coef, ref_logprobs)
     check_coefficient("entropy_coef", entropy_coef)
-    if kl_coef and ref_logprobs is None:
-        raise ValueError(
-            f"ref_logprobs: expected a tensor because kl_coef is {kl_coef}, got None; pass the "
-            "reference policy's log-probabilities, or kl_coef=0"
-        )
     name = choose(
         "linear_policy_loss", hidden, weight, bias, old_logprobs, advantages, backend=backend
     )
@@ -167,9 +152,21 @@ def linear_policy_loss(
         )
         assert logprobs is not None
         if name == "reference":
-            from .reference import linear_policy as reference
+            from .reference import ppo_loss as reference
 
-            totals = reference.policy_terms(logprobs, entropy, *constants, layout, *coefficients)
+            totals = reference.policy_loss(
+                logprobs,
+                old_logprobs,
+                advantages,
+                ref_logprobs,
+                entropy,
+                mask,
+                layout,
+                clip=clip,
+                kl_coef=kl_coef,
+                entropy_coef=entropy_coef,
+                aggregation=aggregation,
+            )
         else:
             objective = Objective.of(*constants, layout, *coefficients)
             totals = objective.totals(logprobs, entropy)

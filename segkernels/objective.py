@@ -40,7 +40,7 @@ def token_terms(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None,
     ref_logprobs: Tensor | None,
     clip: float,
     kl_coef: float,
@@ -51,7 +51,7 @@ def token_terms(
     if kl_coef and ref_logprobs is not None:
         q = logprobs - ref_logprobs
         terms = terms + kl_coef * (torch.expm1(-q) + q)
-    if entropy_coef:
+    if entropy_coef and entropy is not None:
         terms = terms - entropy_coef * entropy
     return terms
 

@@ -35,7 +35,7 @@ def everything(hidden, weight, bias, targets, rewards, values, old, mask, normal
         rewards, ends, logprobs, old, values, normalizer=normalizer, mask=mask
     )
     advantages = sk.whiten(whole[0], mask)
-    policy = sk.policy_loss(linear, old, advantages, mask=mask)
+    policy = sk.policy_loss(linear, old, advantages, mask, entropy=entropy, entropy_coef=0.01)
     value = sk.value_loss(values, values.detach() - 0.1, whole[1], mask=mask)
     fused = sk.linear_policy_loss(
         hidden,
@@ -50,13 +50,22 @@ def everything(hidden, weight, bias, targets, rewards, values, old, mask, normal
     losses = (
         scores.sum(),
         preference.loss,
-        policy,
+        policy.loss,
         value,
         fused.loss,
         and_again.sum(),
         *(x.sum() for x in merged),
     )
-    rest = ends, *offsets, *preference[1:], token_rewards, *estimate, *whole, advantages
+    rest = (
+        ends,
+        *offsets,
+        *preference[1:],
+        *policy[1:],
+        token_rewards,
+        *estimate,
+        *whole,
+        advantages,
+    )
     return sum(losses) + entropy.sum() + again.sum(), (*rest, *fused[1:])
 
 

@@ -339,6 +339,22 @@ def test_losses(device, case, loss_of, aggregation):
     check(device, case, op, args, ["loss", "gradient"])
 
 
+@case_names
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_policy_loss_of_all_terms(device, case, aggregation):
+    for dtype in STORAGE:
+        args = *test_ppo_loss.draw(case, dtype), *test_ppo_loss.draw_more(case, dtype)
+        whole = functools.partial(test_ppo_loss.whole, upstream=0.7)
+        names = test_ppo_loss.FIELDS
+        flat = {"cu_seqlens": case.cu_seqlens, "aggregation": aggregation}
+        truth = whole(*doubles(args), **flat)
+        baseline = whole(*args, backend="reference", **flat)
+        for name, *triple in zip(
+            names, device.run(whole, args, **flat), baseline, truth, strict=True
+        ):
+            assert_close(*triple, name)
+
+
 @pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES.keys())
 def test_losses_of_stored_halves(device, loss_of):
     for dtype in STORAGE[1:]:
@@ -440,6 +456,8 @@ def everything(device, case, dtype=torch.float32):
     for name, loss_of in LOSSES.items():
         args = test_ppo_loss.draw(case, dtype)
         results[name] = device.run(slopes(loss_of), args, **flat)
+    args = *test_ppo_loss.draw(case, dtype), *test_ppo_loss.draw_more(case, dtype)
+    results["policy, all terms"] = device.run(test_ppo_loss.whole, args, **flat)
     return results
 
 
@@ -543,6 +561,7 @@ def test_each_op_is_one_launch_each_way(monkeypatch):
         (1, gae, (rewards, values, mask)),
         (1, segment_advantages, stream),
         *((2, slopes(loss_of), new) for loss_of in LOSSES.values()),
+        (2, test_ppo_loss.whole, (*new, *test_ppo_loss.draw_more(case))),
     ]
     for launches, op, args in ops:
         on_host().launches()

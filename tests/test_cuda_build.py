@@ -38,7 +38,7 @@ def cuobjdump(*arguments):
 def kernel_of(mangled):
     """The kernel's own name, with what its template was instantiated for."""
     name, rest = re.search(r"\d+([a-z_]+_kernel)(.*)", mangled).groups()
-    term = re.search(r"(Policy|Value)Term", rest)
+    term = re.search(r"(Policy|Value)Inputs", rest)
     return f"{name}<{term[0]}>" if term else name
 
 

@@ -43,7 +43,7 @@ def every_op(inputs, mask, cu_seqlens, backend=None):
     )
     new = logprobs.clone().requires_grad_()
     losses = (
-        sk.policy_loss(new, ref_logprobs, rewards, mask, **where),
+        sk.policy_loss(new, ref_logprobs, rewards, mask, **where).loss,
         sk.value_loss(new, values, rewards, mask, **where),
     )
     (dnew,) = torch.autograd.grad(sum(losses), new)

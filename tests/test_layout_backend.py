@@ -310,7 +310,7 @@ def every_op():
             *sk.vocab_parallel_logprobs_and_entropy(hidden @ weight.T, targets, 0),
             sk.segment_scores(x, ends, mask),
             sk.segment_bradley_terry(x, ends, mask).loss,
-            sk.policy_loss(x, x.detach() - 0.1, x.detach(), mask),
+            sk.policy_loss(x, x.detach() - 0.1, x.detach(), mask).loss,
             sk.value_loss(x, x.detach() - 0.1, x.detach(), mask),
             sk.entropy_from_logits(hidden @ weight.T),
             *(

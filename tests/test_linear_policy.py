@@ -17,10 +17,8 @@ from segkernels import (
     native,
     policy_loss,
 )
-from segkernels.layout import layout_of
 from segkernels.linear_policy import _policy_bwd_, _policy_fwd
 from segkernels.projection import Space, add_product
-from segkernels.reference.linear_policy import policy_terms
 
 BACKENDS = (REFERENCE, NATIVE)
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
@@ -117,10 +115,10 @@ def test_token_by_token(case, aggregation):
 @aggregations
 @settings(max_examples=15, deadline=None)
 @given(case=cases())
-def test_plain_part_is_the_policy_loss(backend, aggregation, case):
+def test_it_is_the_policy_loss_of_what_the_head_says(backend, aggregation, case):
     tokens, params = draw(case)
-    tokens.pop("ref_logprobs")
     kw = {"cu_seqlens": case.cu_seqlens, "clip": 0.1, "aggregation": aggregation}
+    kw |= {"kl_coef": OPTIONS["kl_coef"], "entropy_coef": OPTIONS["entropy_coef"]}
     got = linear_policy_loss(**tokens, **params, **kw, backend=backend)
     logprobs, entropy = linear_logprobs_and_entropy(
         tokens["hidden"],
@@ -130,12 +128,21 @@ def test_plain_part_is_the_policy_loss(backend, aggregation, case):
         mask=case.mask,
         backend=backend,
     )
-    plain = policy_loss(
-        logprobs, tokens["old_logprobs"], tokens["advantages"], case.mask, **kw, backend=backend
+    expected = policy_loss(
+        logprobs,
+        tokens["old_logprobs"],
+        tokens["advantages"],
+        case.mask,
+        entropy=entropy,
+        ref_logprobs=tokens["ref_logprobs"],
+        **kw,
+        backend=None if backend == "triton" else backend,
     )
-    torch.testing.assert_close(got.loss, plain)
-    assert torch.equal(got.logprobs, logprobs)
-    assert torch.equal(got.entropy, entropy)
+    for name, a, b in zip(PolicyLoss._fields, got, expected, strict=True):
+        if name in ("logprobs", "entropy"):
+            assert torch.equal(a, b), name
+        else:
+            torch.testing.assert_close(a, b)
 
 
 @backends
@@ -192,18 +199,26 @@ def through_logits(
     """What ``run`` gives, from logits that a model computes in its own dtype."""
     wanted = [t.detach().clone().requires_grad_() for t in (tokens["hidden"], *params.values())]
     mask = tokens["mask"]
-    layout = layout_of("mask", mask, cu_seqlens)
     logits = torch.nn.functional.linear(*wanted)
     stats = logprobs_and_entropy(
         logits, tokens["targets"], options["temperature"], mask, backend="reference"
     )
-    near = (tokens[name] for name in ("old_logprobs", "advantages", "ref_logprobs"))
-    coefficients = (0.2, options["kl_coef"], options["entropy_coef"])
-    loss, clip_fraction, approx_kl = policy_terms(
-        *stats, *near, mask, layout, *coefficients, aggregation
+    logprobs, entropy = stats
+    out = policy_loss(
+        logprobs,
+        tokens["old_logprobs"],
+        tokens["advantages"],
+        mask,
+        cu_seqlens=cu_seqlens,
+        entropy=entropy,
+        ref_logprobs=tokens["ref_logprobs"],
+        kl_coef=options["kl_coef"],
+        entropy_coef=options["entropy_coef"],
+        aggregation=aggregation,
+        backend="reference",
     )
-    grads = torch.autograd.grad(loss * upstream, wanted)
-    return *(x.detach() for x in (loss, *stats, clip_fraction, approx_kl)), *grads
+    grads = torch.autograd.grad(out.loss * upstream, wanted)
+    return *(x.detach() for x in out), *grads
 
 
 def doubles(inputs):

@@ -7,19 +7,24 @@ from hypothesis import strategies as st
 from layouts import CASES, Case, cases
 from tolerance import assert_close
 
-from segkernels.ppo_loss import (
-    _policy_loss_bwd,
-    _policy_loss_fwd,
-    _value_loss_bwd,
-    _value_loss_fwd,
-    policy_loss,
-    value_loss,
+from segkernels import PolicyLoss, policy_loss, segment_bradley_terry, segment_scores, value_loss
+from segkernels.native.ppo_loss import (
+    policy_loss_bwd,
+    policy_loss_fwd,
+    value_loss_bwd,
+    value_loss_fwd,
 )
 
 BACKENDS = ("reference", "native")
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
-LOSSES = {"policy": policy_loss, "value": value_loss}
+
+
+def surrogate(*args, **options):
+    return policy_loss(*args, **options).loss
+
+
+LOSSES = {"policy": surrogate, "value": value_loss}
 NAN = float("nan")
 INF = float("inf")
 
@@ -56,7 +61,7 @@ def naive_value_term(new, old, target, clip):
 
 def naive(case, loss_of, args, clip, aggregation):
     """Loss and gradient, token by token."""
-    term_of = naive_policy_term if loss_of is policy_loss else naive_value_term
+    term_of = naive_policy_term if loss_of is surrogate else naive_value_term
     new, old, target, mask = (x.tolist() for x in args)
     rows, start = [], 0
     for length in case.lengths:
@@ -193,7 +198,7 @@ def test_aggregations_by_hand(backend):
     found = {
         aggregation: policy_loss(
             zeros, zeros, advantages, mask, aggregation=aggregation, backend=backend
-        ).item()
+        ).loss.item()
         for aggregation in AGGREGATIONS
     }
     assert found == {
@@ -221,7 +226,7 @@ def test_aggregations_by_hand(backend):
 def test_policy_terms_by_hand(q, advantage, loss, slope, backend):
     one = torch.ones(1, 1)
     args = q * one, 0 * one, advantage * one, one.bool()
-    found_loss, found_slope = run(policy_loss, args, backend=backend)
+    found_loss, found_slope = run(surrogate, args, backend=backend)
     assert found_loss.item() == pytest.approx(loss)
     assert found_slope.item() == pytest.approx(slope)
 
@@ -297,18 +302,159 @@ def test_mixed_storage(loss_of, backend):
     assert mixed[1].dtype == torch.bfloat16
 
 
+# The policy loss with all of its terms
+
+COEFFICIENTS = {"kl_coef": 0.3, "entropy_coef": 0.05}
+FIELDS = "loss", "clip_fraction", "approx_kl", "dlogprobs", "dentropy"
+
+
+def draw_more(case, dtype=torch.float32, seed=1):
+    """ref_logprobs and entropy, as ``draw`` draws."""
+    g = torch.Generator().manual_seed(seed)
+    ref = draw(case)[1] + 0.2 * torch.randn(case.n_tokens, generator=g)
+    entropy = 3 * torch.rand(case.n_tokens, generator=g)
+    return [x.to(dtype).masked_fill(~case.mask, NAN) for x in (ref, entropy)]
+
+
+def whole(logprobs, old, advantages, mask, ref, entropy, *, upstream=1.0, **options):
+    """FIELDS, with every term."""
+    new, h = (x.detach().requires_grad_() for x in (logprobs, entropy))
+    given = {"entropy": h, "ref_logprobs": ref, **COEFFICIENTS}
+    out = policy_loss(new, old, advantages, mask, **given, **options)
+    assert [x.requires_grad for x in out] == [True, False, False, False, False]
+    grads = torch.autograd.grad(upstream * out.loss, (new, h))
+    return out.loss.detach(), out.clip_fraction, out.approx_kl, *grads
+
+
+def naive_whole(case, args, aggregation):
+    """What ``whole`` gives of one case, token by token."""
+    kl_coef, entropy_coef = COEFFICIENTS.values()
+    plain, dlogprobs = naive(case, surrogate, args[:4], 0.2, aggregation)
+    # Weights of tokens are the gradients of a loss whose terms are -1 times advantages of -1.
+    ones = torch.ones(case.n_tokens, dtype=torch.float64).masked_fill(~case.mask, NAN)
+    _, weights = naive(case, surrogate, (ones, ones, -ones, case.mask), 0.2, aggregation)
+    new, old, advantages, mask, ref, entropy = (x.tolist() for x in args)
+    tokens = [t for t in range(case.n_tokens) if mask[t]]
+    loss, clipped, squares, dentropy = plain.item(), 0, 0.0, torch.zeros_like(dlogprobs)
+    for t in tokens:
+        q, weight = new[t] - ref[t], weights[t].item()
+        loss += weight * (kl_coef * (math.exp(-q) - 1 + q) - entropy_coef * entropy[t])
+        dlogprobs[t] += weight * kl_coef * (1 - math.exp(-q))
+        dentropy[t] = -weight * entropy_coef
+        ratio = math.exp(new[t] - old[t])
+        clipped += ratio > 1.2 if advantages[t] > 0 else ratio < 0.8
+        squares += (new[t] - old[t]) ** 2 / 2
+    means = [x / max(len(tokens), 1) for x in (clipped, squares)]
+    return *(torch.tensor(x, dtype=torch.float64) for x in (loss, *means)), dlogprobs, dentropy
+
+
+@small_cases
+@aggregations
+def test_reference_of_all_terms_is_the_definition(case, aggregation):
+    args = *draw(case, torch.float64), *draw_more(case, torch.float64)
+    out = whole(*args, cu_seqlens=case.cu_seqlens, aggregation=aggregation)
+    torch.testing.assert_close(out, naive_whole(case, args, aggregation))
+
+
+def test_gradcheck_of_all_terms():
+    case = CASES["empty rows"]
+    new, *constant, mask = draw(case, torch.float64)
+    ref, entropy = draw_more(case, torch.float64)
+
+    def function(new, entropy):
+        given = {"entropy": entropy, "ref_logprobs": ref, **COEFFICIENTS}
+        return policy_loss(new, *constant, mask, cu_seqlens=case.cu_seqlens, **given).loss
+
+    torch.autograd.gradcheck(function, (new.requires_grad_(), entropy.requires_grad_()))
+
+
+@case_names
+@storage
+@aggregations
+def test_native_of_all_terms(case, dtype, aggregation):
+    args = *draw(case, dtype), *draw_more(case, dtype)
+    doubles = [x.double() if x.is_floating_point() else x for x in args]
+    options = {"cu_seqlens": case.cu_seqlens, "aggregation": aggregation, "upstream": 3.0}
+    truth = whole(*doubles, **options)
+    baseline, kernel = (whole(*args, backend=b, **options) for b in BACKENDS)
+    for name, *triple in zip(FIELDS, kernel, baseline, truth, strict=True):
+        assert_close(*triple, name)
+    grids = [case.grid(x, NAN if x.is_floating_point() else False) for x in args]
+    padded = whole(*grids, aggregation=aggregation, upstream=3.0)
+    for i, (name, a, b) in enumerate(zip(FIELDS, padded, kernel, strict=True)):
+        assert torch.equal(case.flat(a) if i > 2 else a, b), name
+
+
+def test_a_kl_term_near_its_zero_keeps_its_digits():
+    """exp(-q) - 1 + q is q^2 / 2 there, which exp(-q) in full would round away."""
+    q = torch.tensor([[0.0, 1e-6, -1e-5, 1e-4, -1e-3, 1e-2, -0.3, 0.34, -0.35, 0.4, 20.0, -30.0]])
+    for one in q.split(1, dim=1):
+        new, zeros = one.clone().requires_grad_(), torch.zeros_like(one)
+        out = policy_loss(new, one, zeros, zeros == 0, ref_logprobs=zeros, kl_coef=1.0)
+        (gradient,) = torch.autograd.grad(out.loss, new)
+        found = torch.stack([out.loss.detach().double(), gradient.double().sum()])
+        exact = one.double().sum()
+        truth = torch.stack([torch.expm1(-exact) + exact, -torch.expm1(-exact)])
+        torch.testing.assert_close(found, truth, rtol=1e-6, atol=0)
+
+
+@backends
+def test_fields(backend):
+    case = CASES["holes"]
+    new, old, advantages, mask = draw(case)
+    ref, entropy = draw_more(case)
+    tensors = [x.requires_grad_() for x in (new, old, advantages, ref, entropy)]
+    flat = {"cu_seqlens": case.cu_seqlens, "backend": backend}
+    more = {"ref_logprobs": ref, "entropy": entropy}
+    plain = policy_loss(new, old, advantages, mask, **flat)
+    assert isinstance(plain, PolicyLoss)
+    assert plain.entropy is None
+    out = policy_loss(new, old, advantages, mask, **more, **flat)
+    # Terms of weight 0 are no part of the loss, nor of the graph.
+    assert torch.equal(out.loss, plain.loss)
+    out.loss.backward()
+    assert [x.grad is not None for x in tensors] == [True, False, False, False, False]
+    for field, source in ((out.logprobs, new), (out.entropy, entropy)):
+        assert not field.requires_grad
+        assert field.data_ptr() == source.data_ptr()
+    policy_loss(new, old, advantages, mask, **more, **COEFFICIENTS, **flat).loss.backward()
+    assert [x.grad is not None for x in tensors] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("op", ["policy_loss", "value_loss", "segment_bradley_terry", "scores"])
+def test_a_second_derivative_is_refused(op):
+    """By the op that has none, whatever its gradient is used for."""
+    x = torch.randn(2, 4).requires_grad_()
+    y, mask = torch.randn(2, 2, 4), torch.ones(2, 4, dtype=torch.bool)
+    out = {
+        "policy_loss": lambda: policy_loss(x, *y, mask).loss,
+        "value_loss": lambda: value_loss(x, *y, mask),
+        "segment_bradley_terry": lambda: segment_bradley_terry(x, mask).loss,
+        "scores": lambda: segment_scores(x, mask).square().sum(),
+    }[op]()
+    (gradient,) = torch.autograd.grad(out, x, create_graph=True)
+    name = "segment_scores" if op == "scores" else op
+    with pytest.raises(RuntimeError, match=f"{name}: expected one derivative, got a second one"):
+        (gradient * x).sum().backward()
+
+
 def test_custom_operators():
     case = CASES["holes"]
     new, old, target, mask = draw(case)
     where = mask, case.cu_seqlens
     args = new.requires_grad_(), old, target, *where
-    torch.library.opcheck(_policy_loss_fwd, (*args, -0.2, 0.2, 1))
-    torch.library.opcheck(_value_loss_fwd, (*args, 0.2, 1))
+    torch.library.opcheck(value_loss_fwd, (*args, 0.2, 1))
+    ref, entropy = draw_more(case)
+    bounds = -0.2, 0.2, 0.1, 0.01
+    for more in ((None, None), (ref, None), (ref, entropy), (ref, entropy.requires_grad_())):
+        torch.library.opcheck(policy_loss_fwd, (*args[:3], *more, *where, *bounds, 1))
     new = new.detach()
-    weights = _value_loss_fwd(new, old, target, *where, 0.2, 1)[1]
-    tokens = torch.ones(()), new, old, target, *where
-    torch.library.opcheck(_policy_loss_bwd, (*tokens, -0.2, 0.2, weights))
-    torch.library.opcheck(_value_loss_bwd, (*tokens, 0.2, weights))
+    weights = value_loss_fwd(new, old, target, *where, 0.2, 1)[1]
+    tokens = torch.ones(()), new, old, target
+    torch.library.opcheck(value_loss_bwd, (*tokens, *where, 0.2, weights))
+    for more in ((None, False), (ref, True)):
+        options = *where, *bounds, weights, more[1]
+        torch.library.opcheck(policy_loss_bwd, (*tokens, more[0], *options))
 
 
 @losses
@@ -328,6 +474,26 @@ def test_compiles(packed, loss_of):
     plain, traced = (run(f, args, cu_seqlens=cu_seqlens) for f in (step, compiled))
     assert torch.equal(plain[0], traced[0])
     torch.testing.assert_close(plain[1], traced[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"kl_coef": 0.1},
+            "ref_logprobs: expected a tensor because kl_coef is 0.1, got None; pass",
+        ),
+        ({"entropy_coef": 0.1}, "entropy: expected a tensor because entropy_coef is 0.1, got None"),
+        ({"kl_coef": NAN}, "kl_coef: expected a finite number"),
+        ({"entropy_coef": INF}, "entropy_coef: expected a finite number"),
+        ({"entropy": torch.ones(1, 3)}, r"entropy: expected shape \[2, 3\] like logprobs, got"),
+        ({"ref_logprobs": torch.ones(6)}, r"ref_logprobs: expected shape \[2, 3\] like logprobs"),
+    ],
+)
+def test_errors_of_the_terms(options, message):
+    ones = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=message):
+        policy_loss(ones, ones, ones, ones.bool(), **options)
 
 
 @losses

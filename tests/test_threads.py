@@ -31,7 +31,7 @@ class Sequence:
         x = self.x.detach().requires_grad_()
         ends = sk.segment_ends(self.x, self.mask, 0.5, backend="native")
         loss = sk.segment_bradley_terry(x, ends, self.mask, backend="native").loss
-        loss = loss + sk.policy_loss(x, -self.x, self.x, self.mask, backend="native")
+        loss = loss + sk.policy_loss(x, -self.x, self.x, self.mask, backend="native").loss
         given = self.x, ends, self.x, 0.5 * self.x, self.x, self.mask
         advantages = sk.segment_advantages(*given, backend="native")
         white = sk.whiten(self.x, self.mask, backend="native")

@@ -2,41 +2,67 @@
 // every instruction set.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 namespace segk {
 
+namespace detail {
+
+// exp(x) = 2^k (1 + r + r^2 tail) for x clamped to [-708, 709], with r = x - k ln 2.
+struct Exp {
+  double r;
+  double tail;
+  double rounded;  // the low bits are those of k
+
+  static constexpr double kRound = 6755399441055744;  // 1.5 * 2^52: a sum with it is an integer
+
+  explicit Exp(double x) {
+    constexpr double kInverseLn2 = 1.4426950408889634;
+    constexpr double kLn2 = 0.6931471805599453;
+    // Comparisons that NaN fails: it stays.
+    double y = x < -708.0 ? -708.0 : x;
+    y = y > 709.0 ? 709.0 : y;
+    rounded = y * kInverseLn2 + kRound;
+    r = y - (rounded - kRound) * kLn2;
+    tail = 1.0 / 3628800;
+    tail = tail * r + 1.0 / 362880;
+    tail = tail * r + 1.0 / 40320;
+    tail = tail * r + 1.0 / 5040;
+    tail = tail * r + 1.0 / 720;
+    tail = tail * r + 1.0 / 120;
+    tail = tail * r + 1.0 / 24;
+    tail = tail * r + 1.0 / 6;
+    tail = tail * r + 0.5;
+  }
+
+  double value() const {
+    const double sum = (tail * r + 1.0) * r + 1.0;
+    uint64_t power;
+    uint64_t bits;
+    std::memcpy(&power, &rounded, sizeof power);
+    std::memcpy(&bits, &sum, sizeof bits);
+    bits += power << 52;
+    double out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+  }
+};
+
+}  // namespace detail
+
 // exp(x), within a relative error of 2e-11. x is clamped to [-708, 709], whose exponentials become
 // 0 and infinity in a float.
-inline double exp_double(double x) {
-  constexpr double kInverseLn2 = 1.4426950408889634;
-  constexpr double kLn2 = 0.6931471805599453;
-  constexpr double kRound = 6755399441055744;  // 1.5 * 2^52: what is added to it becomes an integer
-  // Comparisons that NaN fails: it stays.
-  double y = x < -708.0 ? -708.0 : x;
-  y = y > 709.0 ? 709.0 : y;
-  const double rounded = y * kInverseLn2 + kRound;
-  const double r = y - (rounded - kRound) * kLn2;
-  double sum = 1.0 / 3628800;
-  sum = sum * r + 1.0 / 362880;
-  sum = sum * r + 1.0 / 40320;
-  sum = sum * r + 1.0 / 5040;
-  sum = sum * r + 1.0 / 720;
-  sum = sum * r + 1.0 / 120;
-  sum = sum * r + 1.0 / 24;
-  sum = sum * r + 1.0 / 6;
-  sum = sum * r + 0.5;
-  sum = sum * r + 1.0;
-  sum = sum * r + 1.0;
-  uint64_t power;
-  uint64_t bits;
-  std::memcpy(&power, &rounded, sizeof power);
-  std::memcpy(&bits, &sum, sizeof bits);
-  bits += power << 52;
-  double out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
+inline double exp_double(double x) { return detail::Exp(x).value(); }
+
+// exp(x) - 1, within a relative error of 1e-10, and infinity beyond 709.
+inline double expm1_double(double x) {
+  const detail::Exp e(x);
+  const double small = e.r + e.r * e.r * e.tail;  // for k = 0, where r = x
+  double large = e.value() - 1.0;
+  large = x > 709.0 ? HUGE_VAL : large;
+  return e.rounded == detail::Exp::kRound ? small : large;
 }
 
 // log(x) of a positive normal number, within 1 ulp. x = 2^k m with m between the roots of 1/2 and

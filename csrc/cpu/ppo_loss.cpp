@@ -30,39 +30,56 @@ void for_each_piece(int64_t begin, int64_t end, Flags mask, const Body& body,
   }
 }
 
-// The loss from the terms that terms(start, size, out) fills, and the weight of each row's tokens.
+// What a loss needs of some tokens, of action tokens and others alike.
+struct Piece {
+  double terms[kTerms];
+  double squares[kTerms];
+  uint8_t clipped[kTerms];
+
+  // Over the action tokens among the first `size`.
+  TokenSums sums(int64_t size, Flags mask, bool diagnostics) const {
+    const auto count = static_cast<int32_t>(count_true(0, size, mask));
+    const double sum = sum_true(0, size, [&](int64_t i) { return terms[i]; }, mask);
+    if (!diagnostics) return {sum, 0, 0, count};
+    return {sum,
+            sum_true(
+                0, size, [&](int64_t i) { return squares[i]; }, mask),
+            static_cast<int32_t>(count_true(0, size, Flags{clipped}, mask)), count};
+  }
+};
+
+// The loss from the pieces that terms(start, size, piece) fills, and the weight of each row's
+// tokens.
 template <class Terms>
-void aggregate(Flags mask, Rows rows, Aggregation aggregation, float* loss, double* row_weights,
+void aggregate(Flags mask, Rows rows, Aggregation aggregation, LossOutputs out, double* row_weights,
                Executor executor, const Terms& terms) {
-  std::vector<double> sums(static_cast<size_t>(rows.count));
-  Scan<RowSum> scan({0, 0});
+  const TokenSums none{0, 0, 0, 0};
+  std::vector<TokenSums> sums(static_cast<size_t>(rows.count), none);
+  Scan<TokenSums> scan(none);
   for_each_row(rows, mask, kTokensPerTask, executor, [&](const Row& row) {
-    const RowSum sum = scan.total(row, [&](int64_t begin, int64_t end) {
-      double sum = 0;
+    sums[row.index] = scan.total(row, [&](int64_t begin, int64_t end) {
+      TokenSums sum = none;
       const auto add = [&](int64_t start, int64_t size) {
-        double out[kTerms] = {};
-        terms(start, size, out);
-        const Flags actions{mask.data + start};
-        sum += sum_true(0, size, [&](int64_t i) { return out[i]; }, actions);
+        Piece piece;
+        terms(start, size, piece);
+        sum = combine(sum, piece.sums(size, {mask.data + start}, out.clip_fraction != nullptr));
       };
       for_each_piece(begin, end, mask, add, [](int64_t, int64_t) {});
-      return RowSum{sum, static_cast<int32_t>(count_true(begin, end, mask))};
+      return sum;
     });
-    sums[row.index] = sum.sum;
-    row_weights[row.index] = sum.count;
   });
   double tokens = 0;
   double seqs = 0;
-  for (int64_t row = 0; row < rows.count; ++row) {
-    tokens += row_weights[row];
-    seqs += row_weights[row] > 0;
+  for (const TokenSums& row : sums) {
+    tokens += row.count;
+    seqs += row.count > 0;
   }
-  double total = 0;
+  LossSums all{0, 0, 0, 0, 0};
   for (int64_t row = 0; row < rows.count; ++row) {
-    row_weights[row] = token_weight(aggregation, row_weights[row], tokens, seqs);
-    if (row_weights[row] > 0) total += row_weights[row] * sums[row];
+    row_weights[row] = token_weight(aggregation, sums[row].count, tokens, seqs);
+    all = combine(all, weighted(sums[row], row_weights[row]));
   }
-  *loss = static_cast<float>(total);
+  out.write(all, 1);
 }
 
 // The weighted gradients of the terms that term_grads(start, size, out) fills.
@@ -85,7 +102,7 @@ void weigh_grads(const float* dloss, Flags mask, Rows rows, const double* row_we
   });
 }
 
-// Ratios of the policies, clipped as in the loss.
+// Ratios of the policies, held as in the loss.
 template <class X>
 void ratios(PolicyTerm term, X logprobs, X old_logprobs, X advantages, int64_t start, int64_t size,
             double* out) {
@@ -95,43 +112,81 @@ void ratios(PolicyTerm term, X logprobs, X old_logprobs, X advantages, int64_t s
   }
 }
 
+// A function of values, none of which a store of bytes can change.
+template <class X>
+void diagnose(PolicyTerm term, X logprobs, X old_logprobs, X advantages, int64_t start,
+              int64_t size, Piece& piece) {
+  for (int64_t i = 0; i < size; ++i) {
+    const double log_ratio = static_cast<double>(logprobs[start + i]) - old_logprobs[start + i];
+    piece.squares[i] = log_ratio * log_ratio;
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t t = start + i;
+    piece.clipped[i] = term.clipped(logprobs[t], old_logprobs[t], advantages[t]);
+  }
+}
+
 }  // namespace
 
-void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, const bool* mask,
-                     Rows rows, float low, float high, Aggregation aggregation, float* loss,
-                     double* row_weights, void*, Executor executor) {
-  const PolicyTerm term{low, high};
+void policy_loss_fwd(Floats logprobs, Floats old_logprobs, Floats advantages, Floats ref_logprobs,
+                     Floats entropy, const bool* mask, Rows rows, PolicyTerm term,
+                     Aggregation aggregation, LossOutputs out, double* row_weights, void*,
+                     Executor executor) {
   with_storage(
-      [&](auto logp, auto old, auto advantage) {
-        aggregate(flags_of(mask), rows, aggregation, loss, row_weights, executor,
-                  [&](int64_t start, int64_t size, double* out) {
-                    ratios(term, logp, old, advantage, start, size, out);
-                    for (int64_t i = 0; i < size; ++i) {
-                      out[i] = term.loss(out[i], advantage[start + i]);
-                    }
-                  });
+      [&](auto logp, auto old, auto advantage, auto ref, auto h) {
+        const auto terms = [&](int64_t start, int64_t size, Piece& piece) {
+          double* sums = piece.terms;
+          ratios(term, logp, old, advantage, start, size, sums);
+          for (int64_t i = 0; i < size; ++i) {
+            sums[i] = term.surrogate(sums[i], advantage[start + i]);
+          }
+          diagnose(term, logp, old, advantage, start, size, piece);
+          if (ref.data) {
+            for (int64_t i = 0; i < size; ++i) {
+              const double q = static_cast<double>(logp[start + i]) - ref[start + i];
+              sums[i] += term.kl_coef * (expm1_double(-q) + q);
+            }
+          }
+          if (h.data) {
+            for (int64_t i = 0; i < size; ++i) sums[i] -= term.entropy_coef * h[start + i];
+          }
+        };
+        aggregate(flags_of(mask), rows, aggregation, out, row_weights, executor, terms);
       },
-      logprobs, old_logprobs, advantages);
+      logprobs, old_logprobs, advantages, ref_logprobs, entropy);
 }
 
 void policy_loss_bwd(const float* dloss, Floats logprobs, Floats old_logprobs, Floats advantages,
-                     const bool* mask, Rows rows, float low, float high, const double* row_weights,
-                     float* dlogprobs, Executor executor) {
-  const PolicyTerm term{low, high};
+                     Floats ref_logprobs, const bool* mask, Rows rows, PolicyTerm term,
+                     const double* row_weights, float* dlogprobs, float* dentropy,
+                     Executor executor) {
+  const Flags actions = flags_of(mask);
   with_storage(
-      [&](auto logp, auto old, auto advantage) {
-        weigh_grads(dloss, flags_of(mask), rows, row_weights, dlogprobs, executor,
-                    [&](int64_t start, int64_t size, float* out) {
-                      double ratio[kTerms] = {};
-                      ratios(term, logp, old, advantage, start, size, ratio);
-                      for (int64_t i = 0; i < size; ++i) {
-                        const int64_t t = start + i;
-                        const auto of_token = static_cast<float>(ratio[i]);
-                        out[i] = term.grad(logp[t], old[t], advantage[t], of_token);
-                      }
-                    });
+      [&](auto logp, auto old, auto advantage, auto ref) {
+        const auto grads = [&](int64_t start, int64_t size, float* out) {
+          double ratio[kTerms] = {};
+          ratios(term, logp, old, advantage, start, size, ratio);
+          for (int64_t i = 0; i < size; ++i) {
+            const int64_t t = start + i;
+            out[i] =
+                term.surrogate_grad(logp[t], old[t], advantage[t], static_cast<float>(ratio[i]));
+          }
+          if (!ref.data) return;
+          for (int64_t i = 0; i < size; ++i) {
+            const double q = static_cast<double>(logp[start + i]) - ref[start + i];
+            out[i] -= static_cast<float>(term.kl_coef * expm1_double(-q));
+          }
+        };
+        weigh_grads(dloss, actions, rows, row_weights, dlogprobs, executor, grads);
       },
-      logprobs, old_logprobs, advantages);
+      logprobs, old_logprobs, advantages, ref_logprobs);
+  if (!dentropy) return;
+  for_each_row(rows, actions, kQuickTokensPerTask, executor, [&](const Row& row) {
+    const auto grad = static_cast<float>(-term.entropy_coef * *dloss * row_weights[row.index]);
+    row.blocks([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) dentropy[t] = keep(actions[t], grad);
+    });
+  });
 }
 
 void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool* mask, Rows rows,
@@ -140,11 +195,11 @@ void value_loss_fwd(Floats values, Floats old_values, Floats returns, const bool
   const ValueTerm term{clip};
   with_storage(
       [&](auto value, auto old, auto ret) {
-        aggregate(flags_of(mask), rows, aggregation, loss, row_weights, executor,
-                  [&](int64_t start, int64_t size, double* out) {
+        aggregate(flags_of(mask), rows, aggregation, {loss, nullptr, nullptr}, row_weights,
+                  executor, [&](int64_t start, int64_t size, Piece& piece) {
                     for (int64_t i = 0; i < size; ++i) {
                       const int64_t t = start + i;
-                      out[i] = term.loss(value[t], old[t], ret[t]);
+                      piece.terms[i] = term.loss(value[t], old[t], ret[t]);
                     }
                   });
       },

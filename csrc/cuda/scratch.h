@@ -8,7 +8,7 @@ namespace segk {
 // Sums over all rows are taken in so many parts on every GPU, and then over the parts: the order
 // of summation does not depend on how many blocks run at the same time.
 constexpr int64_t kParts = 512;
-constexpr int64_t kBytesPerPart = 24;
+constexpr int64_t kBytesPerPart = 40;
 constexpr int64_t kScratchBytes = kParts * kBytesPerPart;
 
 }  // namespace segk

@@ -637,6 +637,9 @@ void test_whiten(const Stream& s, DType dtype, Random& random) {
   }
 }
 
+// What the backward passes of losses are given.
+constexpr float kUpstream = 0.5f;
+
 struct Loss {
   double loss;
   double largest;  // term: what rounding errors of the sum are measured by
@@ -661,37 +664,80 @@ Loss naive_loss(const Stream& s, Aggregation aggregation, Term term_and_grad) {
       const auto [term, grad] = term_and_grad(t);
       out.loss += weight * term;
       out.largest += weight * std::fabs(term);
-      out.grads[t] = 0.5 * weight * grad;  // 0.5: the upstream gradient below
+      out.grads[t] = kUpstream * weight * grad;
     }
   }
   return out;
 }
 
-void test_losses(const Stream& s, DType dtype, Random& random) {
+void test_policy_loss(const Stream& s, DType dtype, Random& random) {
+  const Stored logprobs = s.random_values(dtype, random);
+  const Stored old = s.random_values(dtype, random);
+  const Stored advantages = s.random_values(dtype, random);
+  const Stored ref = s.random_values(dtype, random);
+  const Stored entropy = s.random_values(dtype, random);
+  const Array<float> dloss(1, kUpstream);
+  const double clip = 0.2;
+  const Floats none{nullptr, dtype};
+  double tokens = 0, clipped = 0, squares = 0;
+  for (const auto& row : s.actions) {
+    for (size_t t : row) {
+      const double log_ratio = logprobs[t] - old[t];
+      ++tokens;
+      clipped += advantages[t] > 0 ? std::exp(log_ratio) > 1 + clip
+                                   : advantages[t] < 0 && std::exp(log_ratio) < 1 - clip;
+      squares += log_ratio * log_ratio;
+    }
+  }
+  int form = 0;
+  for (Aggregation aggregation : {Aggregation::token_mean, Aggregation::seq_mean_token_mean,
+                                  Aggregation::seq_mean_token_sum}) {
+    const bool with_kl = form != 0;
+    const bool with_entropy = form++ != 1;
+    const PolicyTerm term{static_cast<float>(std::log1p(-clip)),
+                          static_cast<float>(std::log1p(clip)), with_kl ? 0.3 : 0,
+                          with_entropy ? 0.05 : 0};
+    const Loss want = naive_loss(s, aggregation, [&](size_t t) {
+      const double rho = std::exp(logprobs[t] - old[t]);
+      const double plain = rho * advantages[t];
+      const double held = std::clamp(rho, 1 - clip, 1 + clip) * advantages[t];
+      const double q = logprobs[t] - ref[t];
+      return std::pair{-std::min(plain, held) + term.kl_coef * (std::expm1(-q) + q) -
+                           term.entropy_coef * entropy[t],
+                       (plain <= held ? -plain : 0.0) - term.kl_coef * std::expm1(-q)};
+    });
+    const Loss of_entropy =
+        naive_loss(s, aggregation, [&](size_t) { return std::pair{0.0, -term.entropy_coef}; });
+    Array<float> loss = unwritten(1), clip_fraction = unwritten(1), approx_kl = unwritten(1);
+    Array<float> dlogprobs = unwritten(s.tokens()), dentropy = unwritten(s.tokens());
+    Array<double> weights(s.count(), -1);
+    const Floats refs = with_kl ? Floats(ref) : none;
+    policy_loss_fwd(logprobs, old, advantages, refs, with_entropy ? Floats(entropy) : none,
+                    s.mask.get(), s.rows, term, aggregation,
+                    {loss.get(), clip_fraction.get(), approx_kl.get()}, weights.get(), nullptr,
+                    kThreads);
+    check_close("policy_loss", loss, {want.loss}, want.largest);
+    const double n = std::max(tokens, 1.0);
+    check_close("clip_fraction", clip_fraction, {clipped / n});
+    check_close("approx_kl", approx_kl, {0.5 * squares / n});
+    policy_loss_bwd(dloss.get(), logprobs, old, advantages, refs, s.mask.get(), s.rows, term,
+                    weights.get(), dlogprobs.get(), with_entropy ? dentropy.get() : nullptr,
+                    kThreads);
+    check_close("dlogprobs", dlogprobs, want.grads);
+    if (with_entropy) check_close("dentropy", dentropy, of_entropy.grads);
+  }
+}
+
+void test_value_loss(const Stream& s, DType dtype, Random& random) {
   const Stored fresh = s.random_values(dtype, random);
   const Stored old = s.random_values(dtype, random);
   const Stored target = s.random_values(dtype, random);
-  const Array<float> dloss(1, 0.5f);
+  const Array<float> dloss(1, kUpstream);
   const double clip = 0.2;
-  const double low = std::log1p(-clip), high = std::log1p(clip);
   for (Aggregation aggregation : {Aggregation::token_mean, Aggregation::seq_mean_token_mean,
                                   Aggregation::seq_mean_token_sum}) {
-    const Loss policy = naive_loss(s, aggregation, [&](size_t t) {
-      const double rho = std::exp(fresh[t] - old[t]);
-      const double plain = rho * target[t];
-      const double clipped = std::clamp(rho, 1 - clip, 1 + clip) * target[t];
-      return std::pair{-std::min(plain, clipped), plain <= clipped ? -plain : 0.0};
-    });
     Array<float> loss = unwritten(1), grads = unwritten(s.tokens());
     Array<double> weights(s.count(), -1);
-    policy_loss_fwd(fresh, old, target, s.mask.get(), s.rows, static_cast<float>(low),
-                    static_cast<float>(high), aggregation, loss.get(), weights.get(), nullptr,
-                    kThreads);
-    check_close("policy_loss", loss, {policy.loss}, policy.largest);
-    policy_loss_bwd(dloss.get(), fresh, old, target, s.mask.get(), s.rows, static_cast<float>(low),
-                    static_cast<float>(high), weights.get(), grads.get(), kThreads);
-    check_close("dlogprobs", grads, policy.grads);
-
     const Loss value = naive_loss(s, aggregation, [&](size_t t) {
       const double plain = fresh[t] - target[t];
       const double limited = std::clamp(fresh[t], old[t] - clip, old[t] + clip);
@@ -958,6 +1004,20 @@ void test_vocab_exp() {
   }
 }
 
+void test_expm1_double() {
+  where = "expm1_double";
+  for (int i = -5000; i < 5000; ++i) {
+    for (const double x : {0.1416 * i, 1e-3 * i, 1e-7 * i}) {
+      const double want = std::expm1(x);
+      check(std::fabs(expm1_double(x) - want) <= 1e-10 * std::fabs(want), "within its error");
+    }
+  }
+  const double inf = std::numeric_limits<double>::infinity();
+  check(expm1_double(-inf) == -1, "below");
+  for (const double x : {710.0, inf}) check(expm1_double(x) == inf, "above");
+  check(std::isnan(expm1_double(std::numeric_limits<double>::quiet_NaN())), "NaN stays");
+}
+
 void test_exp_double() {
   where = "exp_double";
   for (int i = -5000; i < 5000; ++i) {
@@ -993,10 +1053,12 @@ void test_everything() {
   for_each_stream(test_rewards_and_advantages);
   for_each_stream(test_location_moments);
   for_each_stream(test_whiten);
-  for_each_stream(test_losses);
+  for_each_stream(test_policy_loss);
+  for_each_stream(test_value_loss);
   test_vocab_everywhere();
   test_vocab_exp();
   test_exp_double();
+  test_expm1_double();
   test_log_float();
 }
 

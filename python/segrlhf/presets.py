@@ -19,6 +19,11 @@ from .errors import UserError
 PREFERENCE_DATA = "hendrydong/preference_700K"
 PROMPT_DATA = "argilla/ultrafeedback-binarized-preferences-cleaned"
 BATCH = 128  # pairs in a step of a reward model; responses in a step of PPO
+SCHEDULE = {
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "warmup_steps": 0.03,
+}
 
 Flags = dict[str, Any]
 
@@ -118,6 +123,7 @@ SYSTEMS = {
         _line(1.7340, 0.9906, 1.3212, 5.4513),
         "yyqoni/rlhflow-llama-3-sft-8b-v2-token-rm-700k",
         Policy("yyqoni/rlhflow-llama-3-sft-8b-v2-token-ppo-60k", 23.84, 26.0, 7.13),
+        ppo={"reward_reduction": "token-mean"},
     ),
     "llama3-8b-sft-bandit": System(
         _LLAMA3,
@@ -226,9 +232,7 @@ def _reward(system: System, given: Mapping[str, Any], world_size: int) -> Flags:
         "score_reduction": "mean",
         "num_train_epochs": 1,
         "learning_rate": 1e-6,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "warmup_steps": 0.03,
+        **SCHEDULE,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
         "activation_checkpointing": True,
@@ -284,6 +288,7 @@ def _ppo(system: System, reward_model: str | Missing) -> Flags:
         "num_ppo_epochs": 1,
         "learning_rate": 5e-7,
         "value_learning_rate": 9e-6,
+        **SCHEDULE,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
         "kl_coef": 0.01,

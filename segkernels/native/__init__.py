@@ -107,8 +107,8 @@ class _Slope(torch.autograd.Function):
 
 def no_second_derivative(op: str) -> RuntimeError:
     return RuntimeError(
-        f"{op}: expected one derivative, got one of its gradient, which this implementation has no "
-        'formula for; pass backend="reference"'
+        f"{op}: expected one derivative, got a second one, which its kernel does not have; "
+        'pass backend="reference" to differentiate twice'
     )
 
 

@@ -101,7 +101,7 @@ def segment_bradley_terry_fwd(
     scores = native.empty(rewards, rows[0])
     accuracy = native.empty_like(loss)
     counts = native.empty_like(scores, torch.int32)
-    loss_grad = native.empty_like(scores)
+    score_grads = native.empty_like(scores)
     scratch = native.scratch(rewards)
     native.kernels(rewards).segment_bradley_terry_fwd(
         native.floats(rewards),
@@ -116,18 +116,18 @@ def segment_bradley_terry_fwd(
         native.ptr(scores),
         native.ptr(accuracy),
         native.ptr(counts),
-        native.ptr(loss_grad),
+        native.ptr(score_grads),
         native.ptr(scratch),
         native.executor(rewards),
     )
-    return loss, scores, accuracy, counts, loss_grad
+    return loss, scores, accuracy, counts, score_grads
 
 
 @native.operator
 def segment_bradley_terry_bwd(
     dloss: Tensor | None,
     dscores: Tensor | None,
-    loss_grad: Tensor,
+    score_grads: Tensor,
     counts: Tensor,
     ends: Tensor,
     mask: Tensor | None,
@@ -138,7 +138,7 @@ def segment_bradley_terry_bwd(
     native.kernels(ends).segment_bradley_terry_bwd(
         native.ptr(dloss),
         native.ptr(dscores),
-        native.ptr(loss_grad),
+        native.ptr(score_grads),
         native.ptr(counts),
         native.ptr(ends),
         native.ptr(mask),
@@ -160,15 +160,15 @@ def _(rewards, ends, mask, cu_seqlens, margin, mean, label_smoothing, center_coe
 
 
 @torch.library.register_fake(segment_bradley_terry_bwd)
-def _(dloss, dscores, loss_grad, counts, ends, mask, cu_seqlens, mean):
+def _(dloss, dscores, score_grads, counts, ends, mask, cu_seqlens, mean):
     return native.empty_like(ends)
 
 
 def _save_bradley_terry(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     rewards, ends, mask, cu_seqlens, _, ctx.mean, _, _ = inputs
-    _, _, _, counts, loss_grad = output
-    ctx.save_for_backward(loss_grad, counts, ends, mask, cu_seqlens)
+    _, _, _, counts, score_grads = output
+    ctx.save_for_backward(score_grads, counts, ends, mask, cu_seqlens)
     ctx.dtype = rewards.dtype
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..layout import each
 from ._actions import accumulation_dtype
 from .token_stats import put_rows, row_stats, take_per_row, take_rows
 
@@ -22,6 +21,7 @@ def linear_logprobs_and_entropy(
     shape = hidden.shape[:-1]
     rows = take_rows(hidden, shape, mask)  # [A, D]
     # Contiguous: libraries sum the products of other strides in another order.
-    logits = linear(*each(lambda x: x.to(dtype).contiguous(), rows, weight, bias))
+    rows, weight = rows.to(dtype).contiguous(), weight.to(dtype).contiguous()
+    logits = linear(rows, weight, None if bias is None else bias.to(dtype))
     stats = row_stats(logits, *take_per_row(targets, temperature, shape, mask))
     return put_rows(stats, shape, mask)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Layout
-from ..objective import surrogate
+from ..layout import Layout, each
+from ..objective import clipped, squared_log_ratio, token_terms
 from ._actions import Actions, accumulation_dtype, actions
 
 
@@ -31,16 +31,26 @@ def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
     mask: Tensor,
     layout: Layout,
     *,
     clip: float,
+    kl_coef: float,
+    entropy_coef: float,
     aggregation: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, clip_fraction, approx_kl)."""
     acts = actions(mask, layout)
-    dtype = accumulation_dtype(logprobs, old_logprobs, advantages)
-    new, old, weights = (acts.take(x).to(dtype) for x in (logprobs, old_logprobs, advantages))
-    return aggregate(surrogate(new, old, weights, clip), acts, aggregation)
+    tensors = (logprobs, old_logprobs, advantages, ref_logprobs, entropy)
+    dtype = accumulation_dtype(*tensors)
+    new, old, weights, ref, h = each(lambda x: acts.take(x).to(dtype), *tensors)
+    terms = token_terms(new, old, weights, h, ref, clip, kl_coef, entropy_coef)
+    count = max(new.numel(), 1)
+    clip_fraction = clipped(new, old, weights, clip).to(dtype).sum() / count
+    approx_kl = squared_log_ratio(new, old).sum() / count
+    return aggregate(terms, acts, aggregation), clip_fraction, approx_kl
 
 
 def value_loss(

@@ -89,13 +89,18 @@ def test_settings_of_single_runs():
         rows = policy.per_device_train_batch_size, policy.generation_batch_size
         assert rows == ((4, 16) if phi3 else (2, 4))
         assert policy.num_episodes == (2 if phi3 else 1)
+        by_length = name == "llama3-8b-sft-token"
+        assert policy.reward_reduction == ("token-mean" if by_length else "sum")
 
 
 def test_learning_rates_fall_to_a_tenth():
-    rm = reward("phi3-mini-segment")
-    assert rm.lr_scheduler_type == "cosine_with_min_lr"
-    assert rm.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
-    assert rm.get_warmup_steps(1000) == 30
+    for train in (reward, ppo):
+        config = train("phi3-mini-segment")
+        assert config.lr_scheduler_type == "cosine_with_min_lr"
+        assert config.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+        assert config.warmup_steps == 0.03  # below 1: a share of all
+        other = train("phi3-mini-segment", "--lr_scheduler_type", "linear")
+        assert (other.lr_scheduler_kwargs, other.warmup_steps) == (None, 0.03)
 
 
 @pytest.mark.parametrize("normalizer", ["none", "auto", "running"])

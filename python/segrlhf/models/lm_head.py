@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import segkernels
-from segkernels import objective
-from segkernels.layout import values_may_be_checked
+from segkernels.layout import each, values_may_be_checked
 
 if TYPE_CHECKING:
     from segkernels.ppo_loss import Aggregation
@@ -75,7 +74,7 @@ def token_stats_at(
 
     at = {}
     for temperature in temperatures:
-        logprobs, entropy = (_first_is_zero(each) for each in stats(temperature))
+        logprobs, entropy = each(_first_is_zero, *stats(temperature))
         at[temperature] = logprobs, entropy
     return at
 
@@ -104,12 +103,8 @@ def policy_loss(
     )
     if head is None:
         logprobs, entropy = segkernels.logprobs_and_entropy(states, targets, temperature, mask)
-        loss = segkernels.policy_loss(
-            logprobs, old, advantages, mask, clip=clip, aggregation=aggregation
-        )
-        logprobs, entropy = logprobs.detach(), entropy.detach()
-        out = segkernels.PolicyLoss(
-            loss, logprobs, entropy, *_policy_diagnostics(logprobs, old, advantages, mask, clip)
+        out = segkernels.policy_loss(
+            logprobs, old, advantages, mask, entropy=entropy, clip=clip, aggregation=aggregation
         )
     else:
         out = segkernels.linear_policy_loss(
@@ -124,17 +119,8 @@ def policy_loss(
             clip=clip,
             aggregation=aggregation,
         )
-    return out._replace(logprobs=_first_is_zero(out.logprobs), entropy=_first_is_zero(out.entropy))
-
-
-def _policy_diagnostics(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
-) -> tuple[Tensor, Tensor]:
-    """(clip_fraction, approx_kl): means over the mask, without waiting for a GPU."""
-    n = mask.sum().clamp(min=1)
-    held = objective.clipped(logprobs, old_logprobs, advantages, clip) & mask
-    half_squares = objective.squared_log_ratio(logprobs, old_logprobs)
-    return held.sum() / n, half_squares.where(mask, 0.0).sum() / n
+    logprobs, entropy = each(_first_is_zero, out.logprobs, out.entropy)
+    return out._replace(logprobs=logprobs, entropy=entropy)
 
 
 def _first_is_zero(stats: Tensor) -> Tensor:

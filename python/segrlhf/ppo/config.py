@@ -104,7 +104,9 @@ class PPOConfig:
         "warmup_stable_decay",
     ] = flag("linear", "Schedule over updates, by transformers' names.")
     lr_scheduler_kwargs: dict[str, Any] | str | None = flag(
-        None, 'More settings of the schedule as json, e.g. {"min_lr_rate": 0.1}.'
+        None,
+        'More settings of the schedule as json, e.g. {"min_lr_rate": 0.1}.',
+        depends_on=("lr_scheduler_type",),
     )
     warmup_steps: float = flag(
         0.0, "Updates in which the learning rates rise; below 1: their share of all updates."

@@ -62,6 +62,7 @@ def token_means(
     batch: Experience, policy: PolicyLoss, values: Tensor, cliprange_value: float
 ) -> dict[str, Mean]:
     """Means over the tokens of a micro-batch. Masked sums: x[mask] would wait for the device."""
+    assert policy.entropy is not None
     mask = batch.rollout.action_mask
     n = mask.sum()
     ratio = (policy.logprobs.double() - batch.logprobs).exp()

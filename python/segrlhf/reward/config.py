@@ -41,6 +41,11 @@ class RewardConfig(PairConfig, TrainingArguments):
     entropy_batch_size: int = flag(16, "Responses in one forward of the entropy model.")
     num_train_epochs: float = flag(1.0, "Passes over the pairs.")
     logging_steps: float = flag(10, "Steps between two logs.")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = flag(
+        None,
+        'More settings of the schedule as json, e.g. {"min_lr_rate": 0.1}.',
+        depends_on=("lr_scheduler_type",),
+    )
     # Transformers 5.17 knows the second name only, 5.23 warns of it: here both are one flag.
     activation_checkpointing: bool | None = flag(
         None, "Recompute activations to save memory.", nargs="?", const=True
