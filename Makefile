@@ -13,7 +13,7 @@ CPP := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_host/*)
 setup: .venv/installed .venv/built
 
 demo: setup
-	$(BIN)/segrlhf demo $(DEMO_ARGS)
+	$(BIN)/python examples/demo/run.py $(DEMO_ARGS)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -38,7 +38,7 @@ build/sanitize-%/built: .venv/installed $(SOURCES)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy segkernels python/segrlhf
+	$(BIN)/mypy segkernels python/segrlhf examples/demo
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 # Everything, into benchmarks/results/ and the tables of README.md and docs/benchmarks.md; with

@@ -14,7 +14,8 @@ from typing import Any
 
 from harness import OURS, ROOT, result_files
 
-from segrlhf.report import Line, Table, line_chart_svg, number, standalone
+from segrlhf.charts import Line, line_chart
+from segrlhf.tables import Table, number
 
 Result = Mapping[str, Any]
 Key = tuple[str, str, str, str]  # op, pass, workload, dtype
@@ -448,8 +449,23 @@ def _everything(file: File) -> str:
 @dataclass(frozen=True)
 class Plot:
     name: str
-    title: str
-    svg: str
+    op: str
+    passes: str
+    axis: str
+    lines: Sequence[Line]
+
+    @property
+    def title(self) -> str:
+        return f"{self.op}, {self.passes}, against {self.axis}"
+
+    @cached_property
+    def svg(self) -> str:
+        return line_chart(
+            self.lines,
+            title=f"{self.op}, {self.passes}",
+            x_label=f"{self.axis} (thousands)",
+            y_label="milliseconds",
+        )
 
 
 def plots(file: File) -> Iterator[Plot]:
@@ -461,14 +477,9 @@ def plots(file: File) -> Iterator[Plot]:
             point = (result["x"] / 1000, result["median"] * 1000)
             chart.setdefault(result["contender"], []).append(point)
     for (op, passes, axis), chart in lines.items():
-        svg = line_chart_svg(
-            [Line(name, sorted(points)) for name, points in chart.items()],
-            title=f"{op}, {passes}",
-            x_label=f"{axis} (thousands)",
-            y_label="milliseconds",
-        )
         name = "-".join(re.findall(r"[a-z]+", f"{op} {passes} {axis}".lower()))
-        yield Plot(f"benchmark-{name}.svg", f"{op}, {passes}, against {axis}", standalone(svg))
+        series = [Line(contender, sorted(points)) for contender, points in chart.items()]
+        yield Plot(f"benchmark-{name}.svg", op, passes, axis, series)
 
 
 def files(device: str) -> list[File]:

@@ -8,12 +8,12 @@ For trying the method on real text where no pretrained model is at hand:
 
 import argparse
 
+from demo.corpus import pretrain_lm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from segrlhf.corpus import pretrain_lm
 from segrlhf.data.load import load_rows
-from segrlhf.runtime import files
+from segrlhf.runtime import checkpoints, files
 
 PIECE = 1000  # characters of one training text
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    files.claim_output_dir(args.output_dir, resume=False)
+    checkpoints.claim_output_dir(args.output_dir, resume=False)
 
     tokenizer = gpt2_tokenizer(args.vocab, args.merges)
     pieces = []
