@@ -112,7 +112,7 @@ class DemoConfig:
 
     jobs: int | None = field(
         default=None,
-        metadata={"help": "Runs at once; default: one a core on CPUs, one with an accelerator."},
+        metadata={"help": "Runs at once; default: as many as torch has threads, one with a GPU."},
     )
 
     def __post_init__(self) -> None:
@@ -141,6 +141,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
     out = new_output_dir(config.output_dir)
     seeds = range(config.seed, config.seed + config.seeds)
     jobs = min(config.jobs or default_jobs(), len(VARIANTS) * config.seeds)
+    if jobs > 1:
+        print(f"{jobs} runs at once; what they print goes to {out / 'log.txt'}", flush=True)
     seconds: dict[str, float] = {}
     with _one_thread(), workers(jobs, out / "log.txt", be_quiet) as executor:
         with _step(seconds, 1, "texts and language model"):
@@ -469,6 +471,9 @@ def main() -> int:
     except (UserError, NonFiniteError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted; what was written stays", file=sys.stderr)
+        return 130
     return 0
 
 

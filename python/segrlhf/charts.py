@@ -174,33 +174,36 @@ def normalizer_chart(fit: Mapping[str, Any]) -> str:
             room = 0.05 * (high - low) or 0.5
             axes.set_ylim(low - room, high + room)
             axes.set_xlim(0, 1.02)
-            shown = [
-                point
-                for point in zip(fit["positions"], fit[f"{name}s"], fit["counts"], strict=True)
-                if low <= point[1] <= high
-            ]
-            x, y, counts = zip(*shown, strict=True) if shown else ((), (), ())
-            axes.scatter(
-                x,
-                y,
-                [(2.4 + 6.4 * math.sqrt(n / max(fit["counts"]))) ** 2 for n in counts],
-                color=_SERIES[4],
-                alpha=0.45,
-                linewidths=0,
-                label="measured, 99 % of segments",
-                gid=f"{name}s",
-            )
-            tips[f"{name}s"] = [
-                f"p {x:.3f}: {name} {number(y)} over {n:.0f} segments" for x, y, n in shown
-            ]
-            for i, (form, curve) in enumerate(curves.items()):
-                axes.plot(p.tolist(), curve, color=_SERIES[i], linestyle=_DASHES[i], label=form)
+            # Marks of one size are one artist: as SVG each is then a reference, not an outline.
+            sizes: dict[int, list[tuple[float, float, float]]] = {}
+            for point in zip(fit["positions"], fit[f"{name}s"], fit["counts"], strict=True):
+                if low <= point[1] <= high:
+                    size = round(2 + 7 * math.sqrt(point[2] / max(fit["counts"])))
+                    sizes.setdefault(size, []).append(point)
+            for size, points in sizes.items():
+                axes.plot(
+                    [x for x, _, _ in points],
+                    [y for _, y, _ in points],
+                    "o",
+                    color=_SERIES[4],
+                    alpha=0.45,
+                    markersize=size,
+                    markeredgewidth=0,
+                    gid=f"{name}{size}",
+                )
+                tips[f"{name}{size}"] = [
+                    f"p {x:.3f}: {name} {number(y)} over {n:.0f} segments" for x, y, n in points
+                ]
+            for i, curve in enumerate(curves.values()):
+                axes.plot(p.tolist(), curve, color=_SERIES[i], linestyle=_DASHES[i])
             axes.set_xlabel("relative position p of the segment")
             axes.set_ylabel(f"{name}(p)")
             axes.set_title(
                 f"{name} of segment rewards: R² of the log line {number(fit[f'r2_{name}'], 2)}"
             )
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+        handles = [panels[0].lines[k] for k in (0, -2, -1)]
+        names = ["measured, 99 % of segments", *forms]
+        figure.legend(handles, names, loc="outside lower left", ncols=3)
         return _svg(figure, "fit of the normaliser", tips)
 
 
@@ -234,6 +237,10 @@ def _svg(figure: Figure, label: str, tips: Mapping[str, Sequence[str]]) -> str:
     root.set("role", "img")
     root.set("aria-label", label)
     for element in root.iter():
+        for name in ("d", "x", "y"):
+            if path := element.get(name):
+                # A hundredth of a pixel: shorter, and the same on every processor.
+                element.set(name, re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.2f}", path))
         if style := element.get("style"):
             style = re.sub("#[0-9a-f]{6}", lambda m: _VARIABLES.get(m[0], m[0]), style)
             element.set("style", style)
@@ -242,10 +249,7 @@ def _svg(figure: Figure, label: str, tips: Mapping[str, Sequence[str]]) -> str:
         # Several charts go into one page, where an id must not occur twice.
         gid = element.attrib.pop("id", "") if element.tag == f"{{{_SVG_SPACE}}}g" else ""
         if gid in tips:
-            # Marks of one size are drawn by reference, others as a path each.
-            marks = list(element.iter(f"{{{_SVG_SPACE}}}use"))
-            marks = marks or list(element.iter(f"{{{_SVG_SPACE}}}path"))
-            for mark, tip in zip(marks, tips[gid], strict=True):
+            for mark, tip in zip(element.iter(f"{{{_SVG_SPACE}}}use"), tips[gid], strict=True):
                 ET.SubElement(mark, f"{{{_SVG_SPACE}}}title").text = tip
     ET.register_namespace("", _SVG_SPACE)
     ET.register_namespace("xlink", _LINK_SPACE)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import corpus
 import pytest
@@ -73,6 +74,8 @@ def test_files_tell_the_whole_run(run):
         assert name in html
     assert "seeds" in table
     assert "http://" not in html.replace("http://www.w3.org", "")
+    assert all(target.startswith("#") for target in re.findall(r'href="(.*?)"', html))
+    assert "src=" not in html
     assert (out / "pairs" / "train.jsonl").is_file()
     assert (out / "segments.svg").read_text().startswith("<svg")
 
