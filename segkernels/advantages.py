@@ -80,8 +80,8 @@ def segment_advantages(
     credit = Credit(normalizer, spread, reduction, clip)
     check_coefficient("kl_coef", kl_coef)
     check_discounts(gamma, lam)
-    rewards, logprobs, ref_logprobs, values = constants(rewards, logprobs, ref_logprobs, values)
     chosen = choose("segment_advantages", rewards, logprobs, ref_logprobs, values, backend=backend)
+    rewards, logprobs, ref_logprobs, values = constants(rewards, logprobs, ref_logprobs, values)
     if chosen == "reference":
         from .reference import advantages as reference
 

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import native
 
@@ -42,6 +43,15 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
     "value_loss": {"native": ("cpu", "cuda")},
     "linear_policy_loss": {"native": ("cpu",), "triton": ("cuda",)},
 }
+
+# What these give is a constant of the graph; backward passes see it detached.
+CONSTANT = (
+    "vocab_shard_stats", "scatter_segment_rewards", "RunningLocationNormalizer", "gae",
+    "segment_advantages", "whiten",
+)  # fmt: skip
+
+# These give booleans and integers, which have no derivatives to lose.
+DISCRETE = ("segment_ends", "segment_offsets")
 
 # Modules with the four kernels over ``vocab.Rows``. Triton's is imported when it first runs.
 ROW_KERNELS = {"native": ".native.vocab", "triton": ".triton.vocab"}
@@ -93,20 +103,43 @@ def _refusal(op: str, name: str, device: torch.device, double: bool) -> str:
     return ""
 
 
-def choose(op: str, *tensors: Tensor | None, backend: str | None = None) -> str:
+def choose(
+    op: str,
+    *tensors: Tensor | None,
+    backend: str | None = None,
+) -> str:
     """Name of the backend that runs ``op`` on these tensors.
 
     Raises ValueError for an unknown name and BackendError when an explicit choice, or the
-    extension that a CPU call needs, is not available. Where the extension was built without CUDA,
-    or the GPU is older than sm_80, CUDA tensors run the reference, and the first such call of a
-    process warns.
+    extension that a CPU call needs, is not available, and for a tensor with a tangent (forward-mode
+    differentiation), which only definitions of differentiable ops carry on. Where the extension was
+    built without CUDA, or the GPU is older than sm_80, CUDA tensors run the reference, and the
+    first such call of a process warns.
     """
     present = [t for t in tensors if t is not None]
     double = torch.float64 in [t.dtype for t in present]
     name, refusal = _choose(op, present[0].device, double, backend)
     if refusal and not torch.compiler.is_compiling():
         _warn_once(refusal)
+    if forward_ad._current_level >= 0:
+        _check_tangents(op, present, name)
     return name
+
+
+def _check_tangents(op: str, tensors: list[Tensor], name: str) -> None:
+    """BackendError for a tangent that would be lost."""
+    carried = name == "reference" and op not in CONSTANT
+    if carried or op in DISCRETE:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise BackendError(
+            f"{op}: expected tensors without tangents, got forward-mode differentiation of an op "
+            + (
+                "that is not differentiable; detach its inputs"
+                if op in CONSTANT
+                else f'whose {name} implementation has no formula for it; pass backend="reference"'
+            )
+        )
 
 
 def _choose(op: str, device: torch.device, double: bool, backend: str | None) -> tuple[str, str]:

@@ -52,8 +52,9 @@ def gae(
     check_floats_like("values", values, "rewards", rewards)
     check_bools("mask", mask, "rewards", rewards)
     check_discounts(gamma, lam)
+    chosen = choose("gae", rewards, values, backend=backend)
     rewards, values = constants(rewards, values)
-    if choose("gae", rewards, values, backend=backend) == "reference":
+    if chosen == "reference":
         from .reference import gae as reference
 
         return reference.gae(rewards, values, mask, layout, gamma=gamma, lam=lam)

@@ -302,7 +302,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dlogprobs, dentropy, *_):
     hidden, weight, targets, bias, temperatures, stats, kept = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    dhidden, dweight, dbias = linear_bwd(
+    dhidden, dweight, dbias = native.gradient(
+        "linear_logprobs_and_entropy",
+        linear_bwd,
         hidden,
         weight,
         targets,

@@ -66,8 +66,9 @@ def scatter_segment_rewards(
     check_bools("ends", ends, "rewards", rewards)
     check_bools("mask", mask, "rewards", rewards)
     credit = Credit(normalizer, spread, reduction, clip)
+    chosen = choose("scatter_segment_rewards", rewards, backend=backend)
     (rewards,) = constants(rewards)
-    if choose("scatter_segment_rewards", rewards, backend=backend) == "reference":
+    if chosen == "reference":
         from .reference import rewards as reference
 
         return reference.scatter_segment_rewards(rewards, ends, mask, layout, credit)

@@ -93,9 +93,10 @@ class RunningLocationNormalizer(Normalizer):
         check_floats("rewards", rewards)
         check_bools("ends", ends, "rewards", rewards)
         check_bools("mask", mask, "rewards", rewards)
+        chosen = choose("RunningLocationNormalizer", rewards, backend=backend)
         (rewards,) = constants(rewards)
         streams = (rewards.contiguous(), ends.contiguous(), mask.contiguous(), layout.cu_seqlens)
-        if choose("RunningLocationNormalizer", rewards, backend=backend) == "reference":
+        if chosen == "reference":
             from .reference import running_normalizer as reference
 
             new = reference.location_moments(*streams, self.bins)

@@ -333,11 +333,14 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dlogprobs, dentropy, _):
     logits, targets, temperatures, stats = ctx.saved_tensors
     dlogprobs = None if targets is None else dlogprobs
-    backward = _token_stats_bwd_ if ctx.inplace else _token_stats_bwd
-    dlogits = backward(
-        logits, targets, ctx.temperature, temperatures, stats, dlogprobs, dentropy, ctx.backend
-    )
-    return logits.detach() if ctx.inplace else dlogits, *[None] * 6
+    op = "entropy_from_logits" if targets is None else "logprobs_and_entropy"
+    rows = (logits, targets, ctx.temperature, temperatures, stats, dlogprobs, dentropy, ctx.backend)
+    if not ctx.inplace:
+        return native.gradient(op, _token_stats_bwd, *rows), *[None] * 6
+    if torch.is_grad_enabled():
+        raise native.no_second_derivative(f"{op} with inplace_backward=True")
+    _token_stats_bwd_(*rows)
+    return logits.detach(), *[None] * 6
 
 
 _token_stats_fwd.register_autograd(_backward, setup_context=_setup_context)

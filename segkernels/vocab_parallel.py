@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import vocab
+from . import native, vocab
 from .backend import choose, row_kernels
 from .layout import (
     check_device,
@@ -79,10 +79,9 @@ def vocab_parallel_logprobs_and_entropy(
             values are not checked, its log-probability is NaN if no shard has it.
         TypeError: dtypes that do not fit.
     """
-    states = vocab_shard_stats(logits, targets, vocab_start, temperature, mask, backend=backend)
-    return merge_vocab_stats(
-        _all_gather(states, group), logits, targets, vocab_start, temperature, mask, backend=backend
-    )
+    shard = (targets, vocab_start, temperature, mask)
+    states = vocab_shard_stats(logits.detach(), *shard, backend=backend)
+    return merge_vocab_stats(_all_gather(states, group), logits, *shard, backend=backend)
 
 
 def vocab_shard_stats(
@@ -110,8 +109,8 @@ def vocab_shard_stats(
         float64 ``[..., 4]``. No gradient flows through it: that is the merge's part.
     """
     targets, scalar, temperatures = _check_shard(logits, targets, vocab_start, temperature, mask)
-    logits = logits.detach()
     name = choose("vocab_shard_stats", logits, backend=backend)
+    logits = logits.detach()
     if name == "reference":
         from .reference import vocab_parallel as reference
 
@@ -303,7 +302,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dlogprobs, dentropy, _):
     logits, targets, temperatures, stats = ctx.saved_tensors
-    dlogits = _token_stats_bwd(
+    dlogits = native.gradient(
+        "merge_vocab_stats",
+        _token_stats_bwd,
         logits,
         targets,
         ctx.temperature,

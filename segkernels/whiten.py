@@ -43,8 +43,9 @@ def whiten(
     """
     check_floats("x", x)
     check_bools("mask", mask, "x", x)
+    chosen = choose("whiten", x, backend=backend)
     (x,) = constants(x)
-    if choose("whiten", x, backend=backend) == "reference":
+    if chosen == "reference":
         from .reference import whiten as reference
 
         moments = all_reduce(reference.moments(x, mask), group)

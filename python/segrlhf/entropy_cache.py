@@ -9,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,7 +28,7 @@ from .data.batch import pad_responses
 from .data.tokenize import tokenizer_key
 from .errors import NonFiniteError, UserError
 from .models.lm_head import token_stats
-from .models.loading import load_causal_lm
+from .models.loading import check_vocabulary, load_causal_lm, load_config
 from .runtime import files
 from .runtime.distributed import processes
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 
 SIDES = ("chosen", "rejected")
-FORMAT = 1  # part of the key: raise it when what is stored changes meaning
+FORMAT = 2  # part of the key: raise it when what is stored changes meaning
 
 
 def default_cache_dir() -> Path:
@@ -46,27 +48,39 @@ def default_cache_dir() -> Path:
 class EntropyCache:
     """Entropies of the responses of a pair dataset: one fp32 number, in nats, per response token.
 
-    ``directory`` holds ``meta.json``, ``offsets.npy`` (int64, [2 pairs + 1]) and ``entropy.npy``
-    (fp32, memory-mapped). Response 2i is the chosen one of pair i, response 2i + 1 the rejected
-    one. Number t is the entropy of the distribution that token t was drawn from ("current" in
-    ``segkernels.segment_ends``). NaN means not computed yet, so that a build that was cut off
-    resumes, and several processes fill disjoint responses of one file.
+    ``directory`` holds ``meta.json``, ``offsets.npy`` (int64, [2 pairs + 1]), ``entropy.npy``
+    (fp32, memory-mapped) and ``checksums.npy`` (int64, [2 pairs]). Response 2i is the chosen one of
+    pair i, response 2i + 1 the rejected one. Number t is the entropy of the distribution that token
+    t was drawn from ("current" in ``segkernels.segment_ends``). A checksum is 0 until its response
+    is written, so that a build that was cut off resumes, and several processes fill disjoint
+    responses of one file.
 
-    Raises UserError for a directory that holds no cache.
+    Opening it checks format, types and sizes; ``check`` reads every number. Raises UserError for a
+    directory that holds no such cache.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         try:
             meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
+            _expect("format in meta.json", FORMAT, meta["format"])
             self._offsets = np.load(self.directory / "offsets.npy")
             self._entropy = np.load(self.directory / "entropy.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
+            self._checksums = np.load(self.directory / "checksums.npy", mmap_mode="r")
+            for name, array, kind, length in (
+                ("offsets.npy", self._offsets, np.int64, 2 * meta["pairs"] + 1),
+                ("entropy.npy", self._entropy, np.float32, int(self._offsets[-1])),
+                ("checksums.npy", self._checksums, np.int64, 2 * meta["pairs"]),
+            ):
+                _expect(f"type and shape of {name}", (kind, (length,)), (array.dtype, array.shape))
+            if self._offsets[0] != 0 or (np.diff(self._offsets) < 0).any():
+                raise ValueError("offsets.npy does not rise from 0")
+        except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError) as error:
             raise UserError(
-                f"entropy cache: expected meta.json, offsets.npy and entropy.npy in "
-                f"{self.directory}, got {error}; delete the directory and build it again"
+                f"entropy cache: expected meta.json, offsets.npy, entropy.npy and checksums.npy of "
+                f"one cache in {self.directory}, got {error!r}; delete the directory, and build it "
+                "again"
             ) from error
-        self.complete: bool = meta["complete"]
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -85,25 +99,27 @@ class EntropyCache:
         entropy = torch.from_numpy(np.array(self._entropy[offsets[0] : offsets[-1]]))
         return entropy, torch.from_numpy((offsets - offsets[0]).astype(np.int32))
 
-    def missing(self) -> list[int]:
-        """Responses that are not computed, longest first."""
-        todo = [i for i in range(2 * len(self)) if np.isnan(self.response(i)).any()]
-        lengths = np.diff(self._offsets)
-        return sorted(todo, key=lambda i: (-int(lengths[i]), i))
+    def check(self, lengths: np.ndarray) -> list[int]:
+        """Responses that are not computed yet, longest first; reads the whole file.
 
-    def finish(self) -> None:
-        """Marks the cache complete.
-
-        Raises NonFiniteError naming the first row that is still not computed.
+        Raises UserError where responses have other numbers of tokens than ``lengths``, or numbers
+        that are not those which were written.
         """
-        todo = self.missing()
-        if todo:
-            raise NonFiniteError(
-                f"entropy cache: expected every response, got {len(todo)} without entropies, first "
-                f"{describe(todo[0])}; run the same command again"
+        if not np.array_equal(np.diff(self._offsets), lengths):
+            raise UserError("entropy cache: expected the lengths of the responses, got others")
+        numbers, places = memoryview(self._entropy).cast("B"), (4 * self._offsets).tolist()
+        todo, damaged = [], []
+        for index, written in enumerate(self._checksums.tolist()):
+            if not written:
+                todo.append(index)
+            elif written != _checksum(index, numbers[places[index] : places[index + 1]]):
+                damaged.append(index)
+        if damaged:
+            raise UserError(
+                f"entropy cache: expected the numbers that were written, got others in "
+                f"{len(damaged)} responses, first {describe(damaged[0])}"
             )
-        files.write_json(self.directory / "meta.json", {"complete": True, "format": FORMAT})
-        self.complete = True
+        return sorted(todo, key=lambda i: (-int(lengths[i]), i))
 
     @staticmethod
     def create(directory: Path, lengths: np.ndarray) -> None:
@@ -117,20 +133,37 @@ class EntropyCache:
             for start in range(0, len(entropy), 1 << 24):
                 entropy[start : start + (1 << 24)] = np.nan
             entropy.flush()
-            files.write_json(part / "meta.json", {"complete": False, "format": FORMAT})
+            np.save(part / "checksums.npy", np.zeros(len(lengths), np.int64))
+            files.write_json(part / "meta.json", {"format": FORMAT, "pairs": len(lengths) // 2})
 
     @contextmanager
     def writer(self) -> Iterator[Callable[[int, np.ndarray], None]]:
-        """Yields ``write(response, entropies)``: one write call each, so that a kill leaves a
-        response whole or visibly unfinished."""
-        start = self._entropy.offset
-        with open(self.directory / "entropy.npy", "r+b", buffering=0) as handle:
+        """Yields ``write(response, entropies)``; the checksum comes last, so that a kill leaves a
+        response whole or not computed."""
+        first, first_checksum = self._entropy.offset, self._checksums.offset
+        with (
+            open(self.directory / "entropy.npy", "r+b", buffering=0) as numbers,
+            open(self.directory / "checksums.npy", "r+b", buffering=0) as checksums,
+        ):
 
             def write(index: int, entropy: np.ndarray) -> None:
-                handle.seek(start + 4 * int(self._offsets[index]))
-                handle.write(np.ascontiguousarray(entropy, dtype=np.float32).tobytes())
+                written = np.ascontiguousarray(entropy, dtype=np.float32).tobytes()
+                numbers.seek(first + 4 * int(self._offsets[index]))
+                numbers.write(written)
+                checksums.seek(first_checksum + 8 * index)
+                checksums.write(np.int64(_checksum(index, written)).tobytes())
 
             yield write
+
+
+def _checksum(index: int, numbers: bytes | memoryview) -> int:
+    """Never 0; that of a response which stands in another one's place is wrong."""
+    return 1 + zlib.crc32(numbers, index)
+
+
+def _expect(what: str, expected: Any, got: Any) -> None:
+    if got != expected:
+        raise ValueError(f"{what}: {got} instead of {expected}")
 
 
 def describe(response: int) -> str:
@@ -241,26 +274,29 @@ def build_entropy_cache(
     """The complete cache of ``pairs`` under the frozen LM; computes what is missing.
 
     ``pairs`` is what ``tokenize_pairs`` gives. The LM runs in the dtype of its checkpoint and
-    is loaded only if something is missing. Under torchrun or accelerate every process must call
-    this; they share the work. Raises NonFiniteError naming the row when an entropy is NaN.
+    is loaded only if something is missing. A cache that is damaged is set aside, under a name that
+    is printed, and built again. Under torchrun or accelerate every process must call this; they
+    share the work. Raises NonFiniteError naming the row when an entropy is NaN.
     """
     state = processes()
+    lengths = _lengths(pairs)
     found: list[Any] = [None]
     if state.is_main_process:
         found[0] = cache_directory(
             model_name_or_path, tokenizer, pairs, cache_dir=cache_dir, revision=revision
         )
+        config = load_config(model_name_or_path, {"revision": revision}, trust_remote_code)
+        check_vocabulary(config, tokenizer)
     directory = Path(broadcast_object_list(found)[0])
     lock = _building(directory) if state.is_main_process else nullcontext()
     with lock:
-        if state.is_main_process and not (directory / "meta.json").is_file():
-            EntropyCache.create(directory, _lengths(pairs))
-        state.wait_for_everyone()
+        left: list[Any] = [None]
+        if state.is_main_process:
+            left[0] = _todo(directory, lengths)
+        todo = broadcast_object_list(left)[0]
         cache = EntropyCache(directory)
-        if cache.complete:
+        if not todo:
             return cache
-        todo = cache.missing()
-        state.wait_for_everyone()  # nobody writes before everybody has the same list
         model = load_entropy_model(model_name_or_path, revision, trust_remote_code)
         batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
         batches = batches[state.process_index :: state.num_processes]
@@ -274,10 +310,44 @@ def build_entropy_cache(
                 for index, values in zip(batch, computed, strict=True):
                     write(index, values)
         state.wait_for_everyone()
-        if state.is_main_process:
-            cache.finish()
-        state.wait_for_everyone()
-    return EntropyCache(directory)
+    return cache
+
+
+def _todo(directory: Path, lengths: np.ndarray) -> list[int]:
+    """What is to be computed of the cache in ``directory``, which is made where there is none, or
+    none that is sound."""
+    if directory.exists():
+        try:
+            return EntropyCache(directory).check(lengths)
+        except UserError as damage:
+            aside = next(
+                path
+                for number in itertools.count(1)
+                if not (path := directory.with_name(f"{directory.name}.damaged-{number}")).exists()
+            )
+            os.replace(directory, aside)
+            print(f"{damage}. It was set aside as {aside} and is built again", flush=True)
+    EntropyCache.create(directory, lengths)
+    return EntropyCache(directory).check(lengths)
+
+
+def find_entropy_cache(
+    model_name_or_path: str,
+    tokenizer: Any,
+    pairs: Dataset,
+    *,
+    cache_dir: str | Path | None = None,
+) -> EntropyCache | None:
+    """The complete and sound cache that ``build_entropy_cache`` has left, or None."""
+    directory = cache_directory(model_name_or_path, tokenizer, pairs, cache_dir=cache_dir)
+    if not directory.exists():
+        return None
+    try:
+        cache = EntropyCache(directory)
+        return None if cache.check(_lengths(pairs)) else cache
+    except UserError as damage:
+        print(f"{damage}. It is not used", flush=True)
+        return None
 
 
 def load_entropy_model(

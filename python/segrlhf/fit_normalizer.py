@@ -19,7 +19,7 @@ from .charts import normalizer_chart
 from .configs import DataConfig, flag
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
-from .entropy_cache import SIDES, EntropyCache, build_entropy_cache, cache_directory, describe
+from .entropy_cache import SIDES, build_entropy_cache, describe, find_entropy_cache
 from .errors import UserError
 from .models.reward_model import SegmentRewardModel
 from .runtime import files
@@ -111,7 +111,7 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
     if config.max_pairs < 1:
         raise UserError(f"max_pairs: expected at least 1, got {config.max_pairs}")
     model = load_reward_model(config)
-    tokenizer = reward_tokenizer(config)
+    tokenizer = reward_tokenizer(config, model)
     pairs, data_report = tokenize_pairs(
         load_split(data, "train"), tokenizer, **tokenization(config)
     )
@@ -147,10 +147,8 @@ def _responses(
     if model.granularity == "segment":
         name = entropy_model_name(model, config)
         cache_dir = config.entropy_cache_dir
-        directory = cache_directory(name, tokenizer, pairs, cache_dir=cache_dir)
-        if (directory / "meta.json").is_file() and EntropyCache(directory).complete:
-            cache = EntropyCache(directory)
-        else:
+        cache = find_entropy_cache(name, tokenizer, pairs, cache_dir=cache_dir)
+        if cache is None:
             cache = build_entropy_cache(
                 name,
                 tokenizer,

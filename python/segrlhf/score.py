@@ -23,7 +23,7 @@ from .data.render import Renderer, split_pair
 from .data.tokenize import cut_to_length
 from .entropy_cache import SIDES, entropies, load_entropy_model
 from .errors import NonFiniteError, UserError
-from .models.loading import load_tokenizer
+from .models.loading import check_vocabulary, load_tokenizer
 from .models.reward_model import SegmentRewardModel
 from .page import responses_html
 from .reward.run import trained_with
@@ -138,15 +138,18 @@ def entropy_model_name(model: SegmentRewardModel, config: RewardModelConfig) -> 
     return name
 
 
-def reward_tokenizer(config: RewardModelConfig) -> Any:
-    """The tokenizer that stands beside the reward model, or the one that is named."""
-    return load_tokenizer(
+def reward_tokenizer(config: RewardModelConfig, model: SegmentRewardModel) -> Any:
+    """The tokenizer that stands beside the reward model, or the one that is named; UserError where
+    it has ids that the model has not."""
+    tokenizer = load_tokenizer(
         ModelConfig(
             config.reward_model,
             tokenizer_name_or_path=config.tokenizer_name_or_path,
             chat_template_path=config.chat_template_path,
         )
     )
+    check_vocabulary(model.config, tokenizer)
+    return tokenizer
 
 
 def tokenization(config: RewardModelConfig) -> dict[str, Any]:
@@ -288,13 +291,14 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     if output.exists():
         raise UserError(f"output: expected a new file, got {output}, which exists; choose another")
     model = load_reward_model(config)
-    tokenizer = reward_tokenizer(config)
+    tokenizer = reward_tokenizer(config, model)
     split = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_config)
     if data.max_samples is not None:
         split = split.select(range(min(data.max_samples, len(split))))
     rows = _read(split, tokenizer, tokenization(config))
     if model.granularity == "segment":
-        _add_entropies(rows.responses, entropy_model_name(model, config), config.batch_size)
+        name = entropy_model_name(model, config)
+        _add_entropies(rows.responses, name, tokenizer, config.batch_size)
     scored = score_responses(model, rows.responses, config.batch_size)
 
     normalizer = model.normalizer
@@ -362,10 +366,11 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     return result
 
 
-def _add_entropies(responses: list[Response], name: str, batch_size: int) -> None:
+def _add_entropies(responses: list[Response], name: str, tokenizer: Any, batch_size: int) -> None:
     """Fills ``entropy`` of every response; the processes share the work."""
     state = processes()
     model = load_entropy_model(name)
+    check_vocabulary(model.config, tokenizer)
     order = sorted(range(len(responses)), key=lambda i: -len(responses[i].ids))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches = batches[state.process_index :: state.num_processes]

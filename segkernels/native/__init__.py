@@ -85,31 +85,40 @@ def operator(body: Callable) -> torch._ops.OpOverload:
     return getattr(torch.ops.segkernels, name).default
 
 
-class _FirstDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gradient, op):
-        ctx.op = op
-        return gradient.view_as(gradient)
+class _Slope(torch.autograd.Function):
+    """A gradient that has none itself, and says so."""
 
     @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            f"{ctx.op}: expected one derivative, got a second one, which its kernel does not have; "
-            'pass backend="reference" to differentiate twice'
-        )
+    def forward(op: str, slope: Callable, *args: Any) -> Any:
+        return slope(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise no_second_derivative(ctx.op)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise no_second_derivative(ctx.op)
 
 
-def first_derivative(op: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The results of a backward pass, which raise where they are differentiated again.
-
-    The kernels have no formula for it; without this the second derivative would silently be 0.
-    """
-    if not torch.is_grad_enabled():  # not create_graph=True
-        return gradients
-    return tuple(
-        g if g is None else _FirstDerivative.apply(g.detach().requires_grad_(), op)
-        for g in gradients
+def no_second_derivative(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op}: expected one derivative, got a second one, which its kernel does not have; "
+        'pass backend="reference" to differentiate twice'
     )
+
+
+def gradient(op: str, slope: Callable, *args: Any) -> Any:
+    """``slope(*args)``, the gradient of ``op`` in its backward pass.
+
+    Whoever differentiates the result once more gets an error with the op's name. What it costs is
+    paid under ``create_graph=True`` alone, where gradients are recorded.
+    """
+    return _Slope.apply(op, slope, *args) if torch.is_grad_enabled() else slope(*args)
 
 
 def ptr(tensor: Tensor | None) -> int:

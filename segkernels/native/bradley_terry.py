@@ -77,9 +77,9 @@ def _save_scores(ctx, inputs, output):
 
 
 def _scores_backward(ctx, dscores, _):
-    drewards = segment_scores_bwd(dscores.contiguous(), *ctx.saved_tensors, ctx.mean)
-    (drewards,) = native.first_derivative("segment_scores", drewards.to(ctx.dtype))
-    return drewards, None, None, None, None
+    arguments = (dscores.contiguous(), *ctx.saved_tensors, ctx.mean)
+    drewards = native.gradient("segment_scores", segment_scores_bwd, *arguments)
+    return drewards.to(ctx.dtype), None, None, None, None
 
 
 torch.library.register_autograd(segment_scores_fwd, _scores_backward, setup_context=_save_scores)
@@ -175,9 +175,9 @@ def _save_bradley_terry(ctx, inputs, output):
 def _bradley_terry_backward(ctx, dloss, dscores, *_):
     if dscores is not None:
         dscores = dscores.contiguous()
-    drewards = segment_bradley_terry_bwd(dloss, dscores, *ctx.saved_tensors, ctx.mean)
-    (drewards,) = native.first_derivative("segment_bradley_terry", drewards.to(ctx.dtype))
-    return drewards, *[None] * 7
+    arguments = (dloss, dscores, *ctx.saved_tensors, ctx.mean)
+    drewards = native.gradient("segment_bradley_terry", segment_bradley_terry_bwd, *arguments)
+    return drewards.to(ctx.dtype), *[None] * 7
 
 
 torch.library.register_autograd(

@@ -193,12 +193,10 @@ def _save_policy(ctx, inputs, output):
 def _policy_backward(ctx, dloss, *_):
     *tensors, row_weights = ctx.saved_tensors
     need_entropy = ctx.needs_input_grad[4]
-    options = *ctx.options, row_weights, need_entropy
-    dlogprobs, dentropy = policy_loss_bwd(dloss.contiguous(), *tensors, *options)
-    dlogprobs = dlogprobs.to(tensors[0].dtype)
+    arguments = (dloss.contiguous(), *tensors, *ctx.options, row_weights, need_entropy)
+    dlogprobs, dentropy = native.gradient("policy_loss", policy_loss_bwd, *arguments)
     dentropy = dentropy.to(ctx.entropy_dtype) if need_entropy else None
-    dlogprobs, dentropy = native.first_derivative("policy_loss", dlogprobs, dentropy)
-    return dlogprobs, None, None, None, dentropy, *[None] * 7
+    return dlogprobs.to(tensors[0].dtype), None, None, None, dentropy, *[None] * 7
 
 
 def _save_value(ctx, inputs, output):
@@ -209,9 +207,9 @@ def _save_value(ctx, inputs, output):
 
 def _value_backward(ctx, dloss, _):
     *tensors, row_weights = ctx.saved_tensors
-    dvalues = value_loss_bwd(dloss.contiguous(), *tensors, ctx.clip, row_weights)
-    (dvalues,) = native.first_derivative("value_loss", dvalues.to(tensors[0].dtype))
-    return dvalues, *[None] * 6
+    arguments = (dloss.contiguous(), *tensors, ctx.clip, row_weights)
+    dvalues = native.gradient("value_loss", value_loss_bwd, *arguments)
+    return dvalues.to(tensors[0].dtype), *[None] * 6
 
 
 torch.library.register_autograd(policy_loss_fwd, _policy_backward, setup_context=_save_policy)

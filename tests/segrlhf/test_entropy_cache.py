@@ -8,7 +8,6 @@ from transformers import LlamaForCausalLM
 from segrlhf import entropy_cache
 from segrlhf.entropy_cache import SIDES, EntropyCache, Pairs, cache_directory
 from segrlhf.errors import NonFiniteError, UserError
-from segrlhf.runtime import files
 
 
 def forbid(monkeypatch):
@@ -20,7 +19,6 @@ def forbid(monkeypatch):
 
 def test_entropies_are_those_of_each_response_alone(build_cache, pairs, tiny_lm):
     cache = build_cache(batch_size=5)
-    assert cache.complete
     assert len(cache) == len(pairs)
     for i in (0, 7, len(pairs) - 1):
         for side, entropy in zip(SIDES, cache[i], strict=True):
@@ -63,18 +61,25 @@ def test_a_build_that_was_cut_off_resumes_where_it_was(build_cache, monkeypatch,
 
     monkeypatch.setattr(entropy_cache, "entropies", rest)
     cache = build_cache(batch_size=4)
-    assert cache.complete
+    assert cache.check(entropy_cache._lengths(pairs)) == []
     assert len(done) == 2 * len(pairs)
 
 
-def test_a_response_that_was_half_written_is_computed_again(build_cache):
+def test_a_response_that_was_half_written_is_computed_again(build_cache, pairs):
+    """Killed after the numbers and before their checksum."""
     cache = build_cache()
     expected = np.array(cache.response(5))
-    with cache.writer() as write:
-        write(5, np.full_like(expected, np.nan)[:2])
-    files.write_json(cache.directory / "meta.json", {"complete": False, "format": 1})
-    assert EntropyCache(cache.directory).missing() == [5]
-    np.testing.assert_allclose(build_cache().response(5), expected, atol=1e-6)
+    checksums = np.load(cache.directory / "checksums.npy")
+    checksums[5] = 0
+    np.save(cache.directory / "checksums.npy", checksums)
+    numbers = np.load(cache.directory / "entropy.npy")
+    numbers[cache._offsets[5] :][:2] = 7.0
+    np.save(cache.directory / "entropy.npy", numbers)
+    assert EntropyCache(cache.directory).check(entropy_cache._lengths(pairs)) == [5]
+    again = build_cache()
+    assert again.directory == cache.directory
+    np.testing.assert_allclose(again.response(5), expected, atol=1e-6)
+    assert len(list(cache.directory.parent.glob("*damaged*"))) == 0
 
 
 def test_the_key_follows_model_tokenizer_template_and_data(
@@ -111,11 +116,83 @@ def test_non_finite_entropy_names_the_row(build_cache, tiny_lm, pairs, tmp_path)
         build_cache(model=tmp_path / "broken")
 
 
-def test_a_damaged_cache_says_so(build_cache):
+def one_number(value):
+    def change(numbers):
+        numbers[len(numbers) // 2] = value
+        return numbers
+
+    return change
+
+
+# File of the cache -> what may have become of its array.
+DAMAGE = {
+    "entropy.npy": {
+        "negated": np.negative,
+        "of another type": lambda x: x.astype(np.float64),
+        "of another byte order": lambda x: x.astype(">f4"),
+        "of another shape": lambda x: x[None],
+        "too short": lambda x: x[:-1],
+        "too long": lambda x: np.append(x, np.float32(1)),
+        "in another order": lambda x: x[::-1].copy(),
+        "all zero": np.zeros_like,
+        **{f"with {value}": one_number(value) for value in (math.nan, math.inf, -1.0, 0.125)},
+    },
+    "offsets.npy": {
+        "shifted": lambda x: np.concatenate([x[:1], x[1:-1] + 1, x[-1:]]),
+        "falling": lambda x: x[::-1].copy(),
+        "of fewer responses": lambda x: x[:-2],
+        "of another type": lambda x: x.astype(np.int32),
+        "empty": lambda x: x[:0],
+    },
+    "checksums.npy": {
+        "of another type": lambda x: x.astype(np.float64),
+        "of fewer responses": lambda x: x[:-1],
+        "with another number": one_number(17),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        *(
+            pytest.param(name, change, id=f"{name} {how}")
+            for name, changes in DAMAGE.items()
+            for how, change in changes.items()
+        ),
+        *((name, None) for name in (*DAMAGE, "meta.json")),
+    ],
+)
+def test_a_damaged_cache_is_set_aside_and_built_again(file, change, build_cache, capsys, pairs):
     cache = build_cache()
-    (cache.directory / "offsets.npy").unlink()
-    with pytest.raises(UserError, match=r"offsets\.npy.*delete the directory and build it again"):
-        build_cache()
+    expected = np.array(cache._entropy)
+    path = cache.directory / file
+    if change is not None:
+        np.save(path, change(np.load(path)))
+    for half in (False, True) if change is None else (False,):  # gone, then cut off
+        if half:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        elif change is None:
+            path.unlink()
+        again = build_cache()
+        assert again.directory == cache.directory
+        np.testing.assert_allclose(again._entropy, expected, atol=1e-6)
+        said = capsys.readouterr().out
+        number = 1 + half
+        aside = cache.directory.with_name(f"{cache.directory.name}.damaged-{number}")
+        assert "entropy cache: expected" in said
+        assert f"set aside as {aside} and is built again" in said
+        assert aside.is_dir()
+
+
+@pytest.mark.parametrize(
+    "meta", ['{"format": 1, "pairs": 24}', '{"complete": true}', "[]", "7", '"x', "\x00"]
+)
+def test_a_cache_of_another_format_is_not_read(meta, build_cache):
+    cache = build_cache()
+    (cache.directory / "meta.json").write_text(meta)
+    with pytest.raises(UserError, match=r"entropy cache: expected meta\.json, .* in .*, got .*"):
+        EntropyCache(cache.directory)
 
 
 def test_weights_must_be_safetensors(build_cache, tmp_path):

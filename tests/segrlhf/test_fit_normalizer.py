@@ -2,6 +2,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,6 +133,16 @@ def test_without_a_cache_only_the_sample_is_computed(make_rm, fit, tmp_path):
     assert len(EntropyCache(meta.parent)) == 5
     fit(rm)
     assert fit(rm, max_pairs=5, seed=1)["means"] == pytest.approx(fresh["means"], abs=1e-5)
+
+
+def test_a_training_cache_that_is_damaged_is_not_read(make_rm, fit, tmp_path, capsys):
+    rm = make_rm()
+    whole = fit(rm)
+    (path,) = (tmp_path / "cache").glob("*/entropy.npy")
+    np.save(path, -np.load(path))
+    assert fit(rm)["means"] == pytest.approx(whole["means"], abs=1e-5)
+    said = capsys.readouterr().out
+    assert "expected the numbers that were written, got others in 48 responses" in said
 
 
 def test_non_finite_rewards_name_the_row_and_write_nothing(make_rm, fit, monkeypatch):

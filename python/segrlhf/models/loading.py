@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from ..configs import AdaptedModelConfig, ModelConfig
 from ..data.render import check_eos
@@ -62,20 +70,103 @@ def weight_files(name_or_path: str | Path, where: dict[str, Any]) -> dict[str, s
     return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
 
 
+def load_whole(
+    load: Callable[..., Any],
+    name_or_path: str | Path,
+    what: str,
+    *,
+    new: frozenset[str] = frozenset(),
+    backbone_only: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """``load(name_or_path, **kwargs)``, a ``from_pretrained``, whose every weight is in the files.
+
+    transformers draws at random what the files lack and leaves out what the model has no place for;
+    here both are UserErrors that begin with ``what``. ``new`` names the weights that are drawn on
+    purpose, and must not be in the files. ``backbone_only``: another head in the files is left out.
+    """
+    with _quiet():  # the same is said below, as an error
+        model, info = load(
+            name_or_path,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+    missing, unexpected = set(info["missing_keys"]), _foreign(model, info["unexpected_keys"])
+    if backbone_only:
+        children = {name for name, _ in model.base_model.named_children()}
+        unexpected = [
+            name
+            for name in unexpected
+            if name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0] in children
+        ]
+    for found, how in (
+        (
+            [f"{n} {list(a)} for {list(b)}" for n, a, b in info["mismatched_keys"]],
+            "with the shapes",
+        ),
+        (missing - new, "without"),
+        (new - missing, "which is no language model, it has"),
+        (unexpected, "which also has"),
+    ):
+        if found:
+            raise UserError(
+                f"{what}: expected exactly the weights of {type(model).__name__}, got "
+                f"{name_or_path} {how} {_some(found)}; give the directory that save_pretrained "
+                "wrote, with the config.json of the same model"
+            )
+    return model
+
+
+def _foreign(model: PreTrainedModel, unexpected: set[str]) -> list[str]:
+    """Weights for which the model has no place. Masks and positions that older versions of
+    transformers saved, and newer ones compute, are none."""
+    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers()} | {"masked_bias"}
+    modules = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+
+    def legacy(name: str) -> bool:
+        place, _, leaf = name.rpartition(".")
+        return leaf in computed and (place in modules or prefix + place in modules)
+
+    return [
+        name for name in unexpected if not legacy(name) and not name.endswith("rotary_emb.inv_freq")
+    ]
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few, layers in order."""
+    ordered = sorted(names, key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load_causal_lm(config: ModelConfig, **kwargs: Any) -> PreTrainedModel:
     """The causal LM that ``config`` names; keyword arguments go to transformers.
 
-    Raises UserError for a name that cannot be read and for weights that are not safetensors.
+    Raises UserError for a name that cannot be read, for weights that are not safetensors, and for
+    weights that are not exactly this model's: missing ones, those of more layers, another head.
     """
     where = {"revision": config.model_revision}
     load_config(config.model_name_or_path, where, config.trust_remote_code)
     weight_files(config.model_name_or_path, where)
-    return AutoModelForCausalLM.from_pretrained(
+    return load_whole(
+        AutoModelForCausalLM.from_pretrained,
         config.model_name_or_path,
+        "model",
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
-        use_safetensors=True,
         **where,
         **kwargs,
     )
@@ -111,13 +202,15 @@ def load_tokenizer(source: ModelConfig | str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """UserError where the tokenizer has ids that a model of ``vocab_size`` tokens has not."""
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where the tokenizer has ids that a model of this config has not."""
+    vocab_size = config.get_text_config().vocab_size
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:
         raise UserError(
-            f"tokenizer: expected token ids below {vocab_size}, the model's vocab_size, got "
-            f"{highest}; pass the tokenizer that the model was trained with"
+            f"tokenizer: expected token ids below {vocab_size}, the vocab_size of "
+            f"{config.name_or_path or 'the model'}, got {highest}; pass the tokenizer that the "
+            "model was trained with"
         )
 
 

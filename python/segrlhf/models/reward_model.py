@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +15,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 import segkernels
 from segkernels import ScalarNormalizer, normalizer_from_dict
 
 from ..errors import UserError
 from .lm_head import positions
-from .loading import check_vocabulary, load_config, weight_files
+from .loading import check_vocabulary, load_config, load_whole, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,8 +96,8 @@ class SegmentRewardModel(PreTrainedModel):
         attn_implementation, revision, ...) are those of transformers.
 
         Raises UserError for weights that are not safetensors, for a head of more than one label,
-        without a head, for weights that are missing, and for a granularity or threshold that is
-        not the checkpoint's own.
+        without a head, for weights that are missing or of more layers, and for a granularity or
+        threshold that is not the checkpoint's own.
         """
         where = {key: kwargs[key] for key in _WHERE if key in kwargs}
         config = kwargs.pop("config", None) or load_config(name_or_path, where)
@@ -109,12 +107,7 @@ class SegmentRewardModel(PreTrainedModel):
                 f"reward model: expected one label, got {labels} in {name_or_path}; a classifier "
                 "is not a reward model, train one with 'segrlhf reward'"
             )
-        model, info = _load(_reward_class(config), name_or_path, config, kwargs)
-        if info["missing_keys"]:
-            raise UserError(
-                f"reward model: expected all weights of {type(model).__name__}, got {name_or_path} "
-                f"without {', '.join(sorted(info['missing_keys'])[:5])}"
-            )
+        model = _load("reward model", name_or_path, config, kwargs)
         model._settle(granularity, entropy_threshold)
         return model
 
@@ -137,7 +130,7 @@ class SegmentRewardModel(PreTrainedModel):
         required for segments. With ``tokenizer`` its size is checked and its pad token is written
         into the config, where plain sequence-classification code looks for it; a pad token that is
         also EOS is left out there, because that code would take the EOS of a response for padding.
-        Raises UserError as ``from_pretrained`` does.
+        Raises UserError as ``from_pretrained`` does, and for what has a head of rewards already.
         """
         where = {key: kwargs[key] for key in _WHERE if key in kwargs}
         config = load_config(name_or_path, where, kwargs.get("trust_remote_code", False))
@@ -147,20 +140,14 @@ class SegmentRewardModel(PreTrainedModel):
             check_threshold(entropy_threshold)
         text = config.get_text_config()
         if tokenizer is not None:
-            check_vocabulary(text.vocab_size, tokenizer)
+            check_vocabulary(config, tokenizer)
             text.pad_token_id = tokenizer.pad_token_id
         ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
         if text.pad_token_id in ends:
             text.pad_token_id = None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model, info = _load(_reward_class(config), name_or_path, config, kwargs)
-        strange = set(info["missing_keys"]) - {"score.weight"}
-        if strange:
-            raise UserError(
-                f"model: expected the weights of a causal LM, got {name_or_path} without "
-                f"{', '.join(sorted(strange)[:5])}"
-            )
+            model = _load("model", name_or_path, config, kwargs, frozenset({"score.weight"}))
         model._keep(
             granularity=granularity,
             entropy_threshold=entropy_threshold,
@@ -350,27 +337,17 @@ def _class_for(config_class: type[PreTrainedConfig]) -> type[SegmentRewardModel]
 
 
 def _load(
-    reward_class: type[SegmentRewardModel],
+    what: str,
     name_or_path: str | Path,
     config: PreTrainedConfig,
     kwargs: dict[str, Any],
-) -> tuple[SegmentRewardModel, dict[str, Any]]:
-    """(model, transformers' account of missing and unexpected weights)."""
+    new: frozenset[str] = frozenset(),
+) -> SegmentRewardModel:
     if config.is_encoder_decoder:
         raise UserError(
             f"model: expected a decoder-only model, got the encoder-decoder {name_or_path}"
         )
-    with _quiet():  # the callers judge missing weights themselves
-        return super(SegmentRewardModel, reward_class).from_pretrained(  # type: ignore[misc]
-            name_or_path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
-        )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+    load = super(SegmentRewardModel, _reward_class(config)).from_pretrained  # type: ignore[misc]
+    return load_whole(
+        load, name_or_path, what, new=new, backbone_only=True, config=config, **kwargs
+    )

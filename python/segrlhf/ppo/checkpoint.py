@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from segkernels import RunningLocationNormalizer
 
 from ..errors import UserError
+from ..models.loading import load_whole
+from ..models.reward_model import SegmentRewardModel
 from ..runtime import files
 from .config import PPOConfig
 from .models import PolicyAndValue
@@ -83,9 +85,11 @@ def read_checkpoint(
             f"resume_from_checkpoint: expected the settings of {path}, got another run's: "
             f"{', '.join(changed)}; repeat the first command line, or start in a new output_dir"
         )
-    for model, name in ((module.policy, "policy"), (module.value, "value")):
-        found = type(model).from_pretrained(path / name, dtype=torch.float32)
-        model.load_state_dict(found.state_dict())
+    load_policy = type(module.policy).from_pretrained
+    policy = load_whole(load_policy, path / "policy", "checkpoint", dtype=torch.float32)
+    value = SegmentRewardModel.from_pretrained(path / "value", dtype=torch.float32)
+    module.policy.load_state_dict(policy.state_dict())
+    module.value.load_state_dict(value.state_dict())
     parameters = dict(module.named_parameters())
     for key, tensor in load_file(path / "optimizer.safetensors").items():
         name, _, part = key.rpartition("/")

@@ -85,8 +85,9 @@ class PPOTrainer:
         check_prompts(config, train_prompts, eval_prompts)
         if self.accelerator.is_main_process:
             claim_output_dir(config.output_dir, resume=config.resumes)
-        for model in (policy, reward_model):
-            check_vocabulary(model.config.get_text_config().vocab_size, tokenizer)
+        for model in (policy, reward_model, ref_policy, value_model, entropy_model):
+            if model is not None:
+                check_vocabulary(model.config, tokenizer)
         self.normalizer = build_normalizer(config, reward_model)
         if value_model is None:
             value_model = starting_value_model(

@@ -20,7 +20,7 @@ from segkernels import segment_bradley_terry
 
 from ..data.batch import PairCollator, first_pairs
 from ..data.render import pad_token_id
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, UserError
 from ..models.loading import is_peft
 from ..runtime import files
 from ..runtime.checkpoints import COMPLETE, last_checkpoint, mark_complete, saving
@@ -376,6 +376,14 @@ class SegmentRewardTrainer(Trainer):
                 str(folder.parent), limit, best_model_checkpoint=self.state.best_model_checkpoint
             )
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        wrong = sorted((*load_result.missing_keys, *load_result.unexpected_keys))
+        if wrong:
+            raise UserError(
+                f"checkpoint: expected exactly the weights of {type(self.reward_model).__name__}, "
+                f"got one in which {_some(wrong)} are missing or too many; go on from another one"
+            )
+
     def save_final(self, output_dir: str | Path, run: dict[str, Any]) -> None:
         """Writes the reward model (LoRA merged), the tokenizer and ``run`` into ``output_dir``.
 
@@ -399,6 +407,6 @@ def _tokens_in_segments(ends: Tensor, mask: Tensor) -> Tensor:
     return (ends.flip(1).cumsum(1).flip(1).gt(0) & mask).sum(1)
 
 
-def _some(rows: list[int]) -> str:
-    shown = ", ".join(map(str, rows[:10]))
-    return f"{shown}, ... ({len(rows)} in all)" if len(rows) > 10 else shown
+def _some(items: Sequence[int | str]) -> str:
+    shown = ", ".join(map(str, items[:10]))
+    return f"{shown}, ... ({len(items)} in all)" if len(items) > 10 else shown
