@@ -14,7 +14,7 @@ CPP := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_host/*)
 setup: .venv/installed .venv/built
 
 demo: setup
-	$(BIN)/segrlhf demo $(DEMO_ARGS)
+	$(BIN)/python examples/demo/run.py $(DEMO_ARGS)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -39,7 +39,7 @@ build/sanitize-%/built: .venv/installed $(SOURCES)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy segkernels python/segrlhf
+	$(BIN)/mypy segkernels python/segrlhf examples/demo
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 # The pages of docs/ and the reference, from the docstrings and --help, into build/docs. Sphinx reads

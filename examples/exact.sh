@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows on the files of a demonstration (segrlhf demo) that
+# Shows on the files of a demonstration (make demo) that
 #   1. two processes train to the same losses as one with the same global batch, to rounding;
 #   2. a run that was killed with -9 and resumed ends with the same weights, to the bit.
 #

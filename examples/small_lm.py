@@ -8,10 +8,10 @@ For trying the method on real text where no pretrained model is at hand:
 
 import argparse
 
+from demo.corpus import pretrain_lm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from segrlhf.corpus import pretrain_lm
 from segrlhf.data.load import load_rows
 from segrlhf.runtime import files
 from segrlhf.runtime.checkpoints import claim_output_dir

@@ -40,7 +40,7 @@ def library(isa):
 
 @pytest.fixture(scope="module")
 def runnable():
-    """The refusal of a name that is none lists what this processor and build can run."""
+    """An unknown name is refused with a list of what this processor and build can run."""
     message = run("sse9", "-c", "import segkernels").stderr.strip().splitlines()[-1]
     found = re.fullmatch(
         r"ValueError: SEGKERNELS_ISA: expected one that this processor and build run \((.*)\), "

@@ -50,9 +50,6 @@ COMMANDS = {
         (_DATA, "score:ScoreConfig"),
         "score responses, segment by segment, to jsonl or a coloured html page",
     ),
-    "demo": Command(
-        "demo", ("demo:DemoConfig",), "the whole method on a small model made on the spot"
-    ),
 }
 
 EXIT_USER, EXIT_NON_FINITE, EXIT_DISK, EXIT_INTERRUPTED = 2, 3, 4, 130

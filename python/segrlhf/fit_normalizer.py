@@ -15,7 +15,7 @@ import torch
 
 from segkernels import LocationFit, Normalizer, ScalarNormalizer, fit_location
 
-from . import report
+from .charts import normalizer_chart
 from .configs import DataConfig, flag
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
@@ -181,7 +181,7 @@ def write(
 ) -> None:
     """Puts the normaliser into the reward model's config.json, ``result`` and its plot beside."""
     files.write_json(directory / FIT_FILE, result)
-    files.write_text(directory / PLOT_FILE, report.standalone(report.normalizer_svg(result)))
+    files.write_text(directory / PLOT_FILE, normalizer_chart(result))
     # Last: a config that names a normaliser has its curves beside it.
     model.normalizer = normalizer
     path = directory / "config.json"

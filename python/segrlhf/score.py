@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from segkernels import segment_positions, segment_scores
 
-from . import report
 from .configs import DataConfig, ModelConfig, PairConfig, flag
 from .data.batch import pad_responses
 from .data.load import load_rows
@@ -26,6 +25,7 @@ from .entropy_cache import SIDES, entropies, load_entropy_model
 from .errors import NonFiniteError, UserError
 from .models.loading import check_vocabulary, load_tokenizer
 from .models.reward_model import SegmentRewardModel
+from .page import responses_html
 from .reward.run import trained_with
 from .runtime import files
 from .runtime.distributed import processes, say
@@ -342,7 +342,7 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
                 }
                 for line in lines
             ]
-            files.write_text(output, report.responses_html(page, f"Scores of {data.dataset_name}"))
+            files.write_text(output, responses_html(page, f"Scores of {data.dataset_name}"))
         else:
             files.write_text(output, "".join(f"{json.dumps(line)}\n" for line in lines))
     result: dict[str, Any] = {

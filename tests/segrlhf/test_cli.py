@@ -116,20 +116,20 @@ def test_unknown_command_suggests(capsys):
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (UserError("dataset: wrong"), 2, "segrlhf demo: dataset: wrong"),
+        (UserError("dataset: wrong"), 2, "segrlhf score: dataset: wrong"),
         (NonFiniteError("loss is NaN at step 3"), 3, "loss is NaN at step 3"),
         (OSError(28, "No space left on device"), 4, "what was there before is intact"),
         (KeyboardInterrupt("resume with x"), 130, "interrupted; resume with x"),
     ],
 )
 def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status, message):
-    from segrlhf import demo
+    from segrlhf import score
 
-    def fail(_config):
+    def fail(_data, _config):
         raise error
 
-    monkeypatch.setattr(demo, "run", fail)
-    assert cli.main(["demo"]) == status
+    monkeypatch.setattr(score, "run", fail)
+    assert cli.main(["score", "--dataset_name", "rows.jsonl", "--reward_model", "rm"]) == status
     captured = capsys.readouterr().err
     assert message in captured
     assert "Traceback" not in captured

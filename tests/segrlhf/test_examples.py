@@ -25,6 +25,7 @@ def test_small_lm_writes_a_language_model(tmp_path, monkeypatch):
     flags |= {"merges": tmp_path / "merges.txt", "steps": 2, "hidden_size": 16, "layers": 1}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["small_lm.py", *words])
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as for a script that is started there
     runpy.run_path(str(EXAMPLES / "small_lm.py"), run_name="__main__")
     assert load_causal_lm(ModelConfig(str(out))).config.vocab_size == len(tokens)
     assert load_tokenizer(out).eos_token == "<|endoftext|>"

@@ -1,4 +1,4 @@
-"""What PPO learns from: what the models say of rollouts, and what their tokens are worth."""
+"""What PPO learns from: the scores of rollouts, and the advantages of their tokens."""
 
 from __future__ import annotations
 

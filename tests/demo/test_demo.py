@@ -1,10 +1,13 @@
 """The demonstration from end to end, with everything tiny."""
 
 import json
+import pickle
+import re
 
+import corpus
 import pytest
+import run as demo
 
-from segrlhf import corpus, demo
 from segrlhf.errors import UserError
 
 TINY = {
@@ -21,6 +24,7 @@ TINY = {
     "mini_batch_size": 8,
     "seeds": 2,
     "gold": "letters",
+    "jobs": 1,
 }
 
 
@@ -70,7 +74,22 @@ def test_files_tell_the_whole_run(run):
         assert name in html
     assert "seeds" in table
     assert "http://" not in html.replace("http://www.w3.org", "")
+    assert all(target.startswith("#") for target in re.findall(r'href="(.*?)"', html))
+    assert "src=" not in html
     assert (out / "pairs" / "train.jsonl").is_file()
+    assert (out / "segments.svg").read_text().startswith("<svg")
+
+
+def test_what_workers_are_sent_crosses_processes():
+    """Gold rule and prompts go to worker processes by pickle."""
+    gold = pickle.loads(pickle.dumps(corpus.gold_rule("phrases").reward))
+    assert gold("quiet lanterns wait by moonlight") == 1.0
+
+
+def test_bad_flags_are_one_line_and_a_status(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run.py", "--seeds", "0"])
+    assert demo.main() == 2
+    assert capsys.readouterr().err == "demo: seeds: expected at least 1, got 0\n"
 
 
 def test_an_earlier_run_is_left_alone(tmp_path, capsys):
@@ -86,6 +105,7 @@ def test_an_earlier_run_is_left_alone(tmp_path, capsys):
     ("options", "message"),
     [
         ({"seeds": 0}, "seeds: expected at least 1, got 0"),
+        ({"jobs": 0}, "jobs: expected at least 1, got 0"),
         ({"gold": "silver"}, "gold: expected one of phrases, stories, got 'silver'"),
         ({"entropy_threshold": -1.0}, "entropy_threshold: expected a finite number of nats"),
         ({"n_prompts": 10**6}, "n_prompts: expected n_prompts and n_eval_prompts within"),

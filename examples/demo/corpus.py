@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .errors import UserError
-from .models.lm_head import token_stats
-from .ppo.rollout import generate
+from segrlhf.errors import UserError
+from segrlhf.models.lm_head import token_stats
+from segrlhf.ppo.rollout import generate
 
 # Each line: two qualities and two things, which combine to four phrases.
 GROUPS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = (
@@ -149,6 +149,9 @@ class Gold:
                 seen.add(phrase)
                 spans.append((start, end, value))
         return GoldScore(sum((value for _, _, value in spans), 0.0), spans)
+
+    def reward(self, text: str) -> float:
+        return self(text).value
 
 
 _TASTE = phrases()
@@ -340,7 +343,7 @@ def sample_pairs(
 
     Pairs whose gold rewards are equal are left out, as by a judge who sees no difference. A row
     has ``prompt``, ``chosen`` and ``rejected`` as text, their gold rewards ``chosen_gold`` and
-    ``rejected_gold``, and the columns of ``tokenize_pairs`` with the very tokens sampled, so
+    ``rejected_gold``, and the columns of ``data.tokenize_pairs`` with the very tokens sampled, so
     that a response cut at ``response_length`` is known as such. Raises UserError when 50 responses
     a pair do not suffice.
     """
@@ -362,12 +365,11 @@ def sample_pairs(
                 [prompt_ids[p] for p in chosen_prompts for _ in range(2)],
                 max_new_tokens=response_length,
                 seeds=[rng.getrandbits(62) for _ in range(count)],
-                batch_size=SAMPLED_AT_ONCE,
             )
             drawn += count
             ids, terminated = rollout.responses(), rollout.terminated.tolist()
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            values = [gold(text).value for text in texts]
+            values = [gold.reward(text) for text in texts]
             for k, p in enumerate(chosen_prompts):
                 first, second = 2 * k, 2 * k + 1
                 if values[first] == values[second] or not all(

@@ -5,10 +5,10 @@ import random
 import re
 from collections import Counter, defaultdict
 
+import corpus
 import pytest
 import torch
 
-from segrlhf import corpus
 from segrlhf.errors import UserError
 
 

@@ -1,27 +1,34 @@
-"""The whole method on a small model made on the spot: ``segrlhf demo``."""
+"""The whole method on a small language model made on the spot: ``python examples/demo/run.py``.
+
+Texts and a language model of them; pairs of its responses, labelled by a known *gold* rule; a
+bandit, a token and a segment reward model and their normalisers; PPO with each, and with a control.
+Prints one table and writes results.json, table.md, report.html and segments.svg.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import corpus
 import datasets
+import page
 import torch
 import transformers
+from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from . import corpus, report, score
-from .configs import ModelConfig
-from .data.batch import pad_responses
-from .entropy_cache import (
+from segrlhf import compare, fit_normalizer, score
+from segrlhf.entropy_cache import (
     SIDES,
     Pairs,
     build_entropy_cache,
@@ -29,20 +36,17 @@ from .entropy_cache import (
     entropies,
     load_entropy_model,
 )
-from .errors import UserError
-from .fit_normalizer import fit_responses, write
-from .models.lm_head import token_stats
-from .models.loading import load_causal_lm, load_tokenizer
-from .models.reward_model import SegmentRewardModel, check_threshold
-from .ppo.config import PPOConfig
-from .ppo.trainer import PPOTrainer
-from .reward.config import RewardConfig
-from .reward.trainer import SegmentRewardTrainer
-from .runtime import files
+from segrlhf.errors import NonFiniteError, UserError
+from segrlhf.models.loading import load_tokenizer
+from segrlhf.models.reward_model import SegmentRewardModel, check_threshold
+from segrlhf.page import responses_svg
+from segrlhf.reward.config import RewardConfig
+from segrlhf.reward.trainer import SegmentRewardTrainer
+from segrlhf.runtime import files
+from segrlhf.runtime.workers import workers
 
 Granularity = Literal["bandit", "token", "segment"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
-START = "before PPO"
 # Name: whose reward model, and how its rewards are paid.
 VARIANTS: dict[str, tuple[Granularity, dict[str, Any]]] = {
     "bandit": ("bandit", {}),
@@ -52,11 +56,14 @@ VARIANTS: dict[str, tuple[Granularity, dict[str, Any]]] = {
 }
 OPENING_WORDS = 12  # of a prompt that a given language model writes
 N_EXAMPLES = 4
+STEPS = 5
+
+Row = dict[str, Any]
 
 
 @dataclass
 class DemoConfig:
-    """Arguments of ``segrlhf demo``. Every variant runs with the same ones."""
+    """Every variant runs with the same settings."""
 
     output_dir: str = field(
         default="runs/demo",
@@ -103,6 +110,11 @@ class DemoConfig:
         metadata={"help": "mean, or sum: a return about K times larger, so beta K times weaker."},
     )
 
+    jobs: int | None = field(
+        default=None,
+        metadata={"help": "Runs at once; default: as many as torch has threads, one with a GPU."},
+    )
+
     def __post_init__(self) -> None:
         for name in (
             "seeds", "n_texts", "lm_steps", "n_prompts", "n_eval_prompts", "n_pairs",
@@ -110,6 +122,8 @@ class DemoConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.jobs is not None and self.jobs < 1:
+            raise UserError(f"jobs: expected at least 1, got {self.jobs}")
         check_threshold(self.entropy_threshold)
         if self.gold is not None:
             corpus.gold_rule(self.gold)
@@ -123,43 +137,52 @@ class DemoConfig:
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """``segrlhf demo``: writes results.json, table.md and report.html; returns the results."""
+    """Runs everything and writes the files; returns what results.json holds."""
     out = new_output_dir(config.output_dir)
+    seeds = range(config.seed, config.seed + config.seeds)
+    jobs = min(config.jobs or default_jobs(), len(VARIANTS) * config.seeds)
+    if jobs > 1:
+        print(f"{jobs} runs at once; what they print goes to {out / 'log.txt'}", flush=True)
     seconds: dict[str, float] = {}
-    with _quiet(), _one_thread():
+    with _one_thread(), workers(jobs, out / "log.txt", be_quiet) as executor:
         with _step(seconds, 1, "texts and language model"):
             world = make_world(config, out)
         with _step(seconds, 2, "preference pairs"):
-            pairs, baselines = make_pairs(config, world, out)
-        with _step(seconds, 3, "reward models"):
-            accuracy = {g: train_reward_model(config, world, pairs, g) for g in GRANULARITIES}
-        with _step(seconds, 4, "normalisers"):
-            fits = {g: fit_normalizer(world, pairs["train"], g) for g in GRANULARITIES}
-        with _step(seconds, 5, "PPO"):
-            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-            for seed in range(config.seed, config.seed + config.seeds):
-                for name in VARIANTS:
-                    runs[name].append(train_policy(config, world, name, seed))
-        print("[6/6] results", flush=True)
+            pairs, baselines = make_pairs(config, world, executor)
+        with _step(seconds, 3, "reward models and their normalisers"):
+            reward_models = train_reward_models(config, world, pairs, executor)
+        with _step(seconds, 4, "PPO"):
+            variants = [
+                compare.Variant(name, str(world.reward_model(granularity)), options)
+                for name, (granularity, options) in VARIANTS.items()
+            ]
+            runs = compare.train_all(comparison(config, world), variants, seeds, executor)
+        print(f"[5/{STEPS}] results", flush=True)
+        accuracy = {name: reward_models[g]["accuracy"] for name, (g, _) in VARIANTS.items()}
+        table = compare.result_table(runs, accuracy, baselines)
         results: dict[str, Any] = {
-            "settings": dataclasses.asdict(config) | {"output_dir": str(out)},
+            "settings": dataclasses.asdict(config) | {"output_dir": str(out), "jobs": jobs},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "gold": {"rule": world.gold.name, "about": world.gold.about},
             "baselines": baselines,
-            "reward_models": {g: {"accuracy": accuracy[g], "fit": fits[g]} for g in GRANULARITIES},
+            "reward_models": reward_models,
             "runs": runs,
             "seconds": seconds,
+            "levels": compare.common_levels(runs),
+            "table": dataclasses.asdict(table),
+            "examples": colour(world, runs["segment"][0]),
         }
-        results["levels"] = common_levels(runs)
-        results["table"] = dataclasses.asdict(result_table(results))
-        results["examples"] = colour(world, runs["segment"][0])
-    table = report.Table(**results["table"])
-    notes = report.demo_notes(results)
+    notes = page.notes(results)
     files.write_json(out / "results.json", results)
     files.write_text(out / "table.md", "\n\n".join([table.markdown(), *notes]) + "\n")
-    files.write_text(out / "report.html", report.demo_html(results))
+    files.write_text(out / "report.html", page.report(results))
+    files.write_text(out / "segments.svg", responses_svg(results["examples"][:2]))
     print("\n".join(["", table.text(), "", *notes, "", f"report: {out / 'report.html'}"]))
     return results
+
+
+def default_jobs() -> int:
+    return 1 if torch.accelerator.is_available() else torch.get_num_threads()
 
 
 def new_output_dir(name: str) -> Path:
@@ -176,25 +199,17 @@ def new_output_dir(name: str) -> Path:
 
 @contextmanager
 def _step(seconds: dict[str, float], number: int, name: str) -> Iterator[None]:
-    print(f"[{number}/6] {name}", flush=True)
+    print(f"[{number}/{STEPS}] {name}", flush=True)
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def be_quiet() -> None:
     """Hides the bars of loading and mapping files, which take no time here."""
-    level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
-        datasets.enable_progress_bars()
 
 
 @contextmanager
@@ -213,7 +228,7 @@ def _one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """What all variants share."""
+    """What all steps share. Sent to worker processes by pickle."""
 
     out: Path
     lm: str  # directory or hub name of the language model
@@ -224,7 +239,15 @@ class World:
     def reward_model(self, granularity: str) -> Path:
         return self.out / "reward_models" / granularity
 
-    def rows(self, split: str) -> list[dict[str, Any]]:
+    def pairs(self, rows: list[Row]) -> Pairs:
+        """Pairs with their entropies, which the first call computes and keeps."""
+        found = datasets.Dataset.from_list(rows)
+        cache = build_entropy_cache(
+            self.lm, self.tokenizer, found, cache_dir=self.out / "entropy", batch_size=64
+        )
+        return Pairs(found, cache)
+
+    def rows(self, split: str) -> list[Row]:
         """Prompts as the PPO trainer reads them."""
         ids = self.tokenizer(self.prompts[split])["input_ids"]
         return [
@@ -260,50 +283,69 @@ def make_world(config: DemoConfig, out: Path) -> World:
     return World(out, lm, tokenizer, gold, split)
 
 
+def sample_pairs(config: DemoConfig, world: World, split: str) -> list[Row]:
+    """Pairs on the prompts of one split; written as jsonl, with their entropies kept."""
+    held_out = split == "test"
+    rows = corpus.sample_pairs(
+        load_entropy_model(world.lm),
+        world.tokenizer,
+        world.prompts[split],
+        config.n_eval_pairs if held_out else config.n_pairs,
+        world.gold,
+        response_length=config.response_length,
+        seed=2 * config.seed + held_out,
+        desc=f"{split} pairs",
+    )
+    texts = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
+    lines = "".join(f"{json.dumps(row)}\n" for row in texts)
+    files.write_text(world.out / "pairs" / f"{split}.jsonl", lines)
+    world.pairs(rows)
+    return rows
+
+
 def make_pairs(
-    config: DemoConfig, world: World, out: Path
-) -> tuple[dict[str, Pairs], dict[str, float]]:
-    """Pairs of both splits with their entropies, and what reads no reward model gets right."""
-    model = load_entropy_model(world.lm)
-    found, pairs = {}, {}
-    for offset, (split, n) in enumerate((("train", config.n_pairs), ("test", config.n_eval_pairs))):
-        found[split] = corpus.sample_pairs(
-            model,
-            world.tokenizer,
-            world.prompts[split],
-            n,
-            world.gold,
-            response_length=config.response_length,
-            seed=2 * config.seed + offset,
-            desc=f"{split} pairs",
-        )
-        texts = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in found[split]]
-        lines = "".join(f"{json.dumps(row)}\n" for row in texts)
-        files.write_text(out / "pairs" / f"{split}.jsonl", lines)
-        rows = datasets.Dataset.from_list(found[split])
-        cache = build_entropy_cache(
-            world.lm, world.tokenizer, rows, cache_dir=out / "entropy", batch_size=64
-        )
-        pairs[split] = Pairs(rows, cache)
+    config: DemoConfig, world: World, executor: Executor
+) -> tuple[dict[str, list[Row]], dict[str, float]]:
+    """Pairs of both splits, and what reads no reward model gets right."""
+    futures = {s: executor.submit(sample_pairs, config, world, s) for s in ("train", "test")}
+    found = {split: future.result() for split, future in futures.items()}
     ids = {s: [(r["chosen_ids"], r["rejected_ids"]) for r in rows] for s, rows in found.items()}
     vocab_size = len(world.tokenizer)
-    test = found["test"]
-    return pairs, {
+    return found, {
         "bag of tokens": corpus.bag_of_tokens_accuracy(ids["train"], ids["test"], vocab_size),
         "longer response wins": statistics.fmean(
             (len(c) > len(r)) + 0.5 * (len(c) == len(r)) for c, r in ids["test"]
         ),
-        "gold itself": statistics.fmean(r["chosen_gold"] > r["rejected_gold"] for r in test),
+        "gold itself": statistics.fmean(
+            r["chosen_gold"] > r["rejected_gold"] for r in found["test"]
+        ),
     }
 
 
 # ---- reward models and normalisers --------------------------------------------------------------
 
 
+def train_reward_models(
+    config: DemoConfig, world: World, pairs: dict[str, list[Row]], executor: Executor
+) -> dict[str, dict[str, Any]]:
+    """``train_reward_model`` of every granularity, by granularity."""
+    futures = {
+        g: executor.submit(train_reward_model, config, world, pairs, g) for g in GRANULARITIES
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for granularity, future in futures.items():
+        found[granularity] = future.result()
+        accuracy, fit = found[granularity]["accuracy"], found[granularity]["fit"]
+        print(f"{granularity}: accuracy {accuracy:.3f}, normaliser {fit['kind']}", flush=True)
+    return found
+
+
 def train_reward_model(
-    config: DemoConfig, world: World, pairs: dict[str, Pairs], granularity: Granularity
-) -> float:
-    """Trains and saves one reward model; its accuracy on the held-out pairs."""
+    config: DemoConfig, world: World, rows: dict[str, list[Row]], granularity: Granularity
+) -> dict[str, Any]:
+    """Trains and saves one reward model with its normaliser; its accuracy on the held-out pairs and
+    the normaliser's fit."""
+    pairs = {split: world.pairs(found) for split, found in rows.items()}
     segment = granularity == "segment"
     directory = world.reward_model(granularity)
     model = SegmentRewardModel.from_causal_lm(
@@ -335,10 +377,13 @@ def train_reward_model(
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_final(directory, {})
-    return metrics["eval_accuracy"]
+    return {
+        "accuracy": metrics["eval_accuracy"],
+        "fit": fit_rewards(world, pairs["train"], granularity),
+    }
 
 
-def fit_normalizer(world: World, pairs: Pairs, granularity: str) -> dict[str, Any]:
+def fit_rewards(world: World, pairs: Pairs, granularity: str) -> dict[str, Any]:
     """Fits and keeps the normaliser of a reward model; the fit's curves."""
     directory = world.reward_model(granularity)
     model = score.load_reward_model(score.RewardModelConfig(str(directory)))
@@ -353,100 +398,42 @@ def fit_normalizer(world: World, pairs: Pairs, granularity: str) -> dict[str, An
         for pair, row in enumerate(pairs[i] for i in range(len(pairs)))
         for side, name in enumerate(SIDES)
     ]
-    normalizer, fit = fit_responses(model, responses, batch_size=64)
-    write(directory, model, normalizer, fit)
+    normalizer, fit = fit_normalizer.fit_responses(model, responses, batch_size=64)
+    fit_normalizer.write(directory, model, normalizer, fit)
     return fit
 
 
 # ---- policies -----------------------------------------------------------------------------------
 
 
-class Judge:
-    """Gold rewards of responses, and how many segments the frozen LM would cut them into.
-
-    The count is the same measure for every variant: tokens of more entropy than the threshold,
-    whatever the variant's own reward model cuts by.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.gold, self.tokenizer = world.gold, world.tokenizer
-        self.lm = load_entropy_model(world.lm)
-        config = score.RewardModelConfig(str(world.reward_model("segment")))
-        self.segments = score.load_reward_model(config).segment_ends
-        self.counts: list[float] = []  # mean of each evaluation
-        self.texts: list[list[str]] = []
-
-    @torch.inference_mode()
-    def __call__(self, responses: list[str], prompts: list[str]) -> list[float]:
-        said = [(p, r) for p, r in zip(prompts, responses, strict=True) if r]
-        starts = self.tokenizer([p for p, _ in said])["input_ids"]
-        texts = self.tokenizer([r for _, r in said], add_special_tokens=False)["input_ids"]
-        ids, attention, action = pad_responses(starts, texts, self.lm.device)
-        _, entropy = token_stats(self.lm, ids, attention, action)
-        unfinished = torch.zeros(len(said), dtype=torch.bool, device=ids.device)
-        ends = self.segments(entropy, action, unfinished)
-        self.counts.append(int(ends.sum()) / len(responses))
-        self.texts.append(responses)
-        return [self.gold(text).value for text in responses]
-
-
-def train_policy(config: DemoConfig, world: World, name: str, seed: int) -> dict[str, Any]:
-    """One PPO run; its evaluations, held-out responses before and after, and seconds."""
-    granularity, options = VARIANTS[name]
-    directory = world.reward_model(granularity)
-    judge = Judge(world)
-    trainer = PPOTrainer(
-        load_causal_lm(ModelConfig(world.lm, dtype="float32")),
-        SegmentRewardModel.from_pretrained(str(directory), dtype=torch.float32),
-        world.tokenizer,
-        world.rows("train"),
-        PPOConfig(
-            output_dir=str(world.out / "ppo" / f"{name.replace(' ', '-')}-{seed}"),
-            reward_model=str(directory),
-            reward_reduction=config.reward_reduction,
-            total_episodes=config.updates * config.rollouts,
-            rollout_batch_size=config.rollouts,
-            mini_batch_size=config.mini_batch_size,
-            per_device_train_batch_size=config.rollouts,
-            generation_batch_size=max(config.rollouts, config.n_eval_prompts),
-            response_length=config.response_length,
-            learning_rate=config.learning_rate,
-            value_learning_rate=config.value_learning_rate,
-            lr_scheduler_type="constant",
-            kl_coef=config.kl_coef,
-            eval_steps=config.eval_every,
-            save_steps=0,
-            seed=seed,
-            **options,
-        ),
+def comparison(config: DemoConfig, world: World) -> compare.Comparison:
+    """What all PPO runs share."""
+    return compare.Comparison(
+        output_dir=world.out / "ppo",
+        model=world.lm,
+        train_prompts=world.rows("train"),
         eval_prompts=world.rows("test"),
-        eval_fn=judge,
+        gold=world.gold.reward,
+        threshold=config.entropy_threshold,
+        settings={
+            "reward_reduction": config.reward_reduction,
+            "total_episodes": config.updates * config.rollouts,
+            "rollout_batch_size": config.rollouts,
+            "mini_batch_size": config.mini_batch_size,
+            "per_device_train_batch_size": config.mini_batch_size,
+            "response_length": config.response_length,
+            "learning_rate": config.learning_rate,
+            "value_learning_rate": config.value_learning_rate,
+            "lr_scheduler_type": "constant",
+            "kl_coef": config.kl_coef,
+            "eval_steps": config.eval_every,
+            "save_steps": 0,
+        },
     )
-    print(f"{name}, seed {seed}", flush=True)
-    started = time.perf_counter()
-    history = trainer.train()
-    evaluated = [point for point in history if "eval/gold" in point]
-    return {
-        "seed": seed,
-        "seconds": time.perf_counter() - started,
-        "curve": [
-            {
-                "update": point["update"],
-                "gold": point["eval/gold"],
-                "kl": point["eval/kl"],
-                "segments": count,
-                "distinct_bigrams": point["eval/distinct_bigrams"],
-                "length": point["eval/response_length"],
-                "score": point["eval/scores"],
-            }
-            for point, count in zip(evaluated, judge.counts, strict=True)
-        ],
-        "responses": {"before": judge.texts[0], "after": judge.texts[-1]},
-    }
 
 
 def colour(world: World, run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Held-out responses before and after, with their segment rewards, for the report."""
+    """Held-out responses before and after, with their segment rewards, for the page."""
     config = score.RewardModelConfig(str(world.reward_model("segment")))
     model, lm = score.load_reward_model(config), load_entropy_model(world.lm)
     rows: list[dict[str, Any]] = []
@@ -460,7 +447,7 @@ def colour(world: World, run: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             entropy = entropies(lm, [start], [ids], [f"prompt {i}"])[0]
             responses.append(score.Response(f"prompt {i}", start, ids, False, entropy))
-            label = f"{when} PPO, gold {world.gold(text).value:+.1f}"
+            label = f"{when} PPO, gold {world.gold.reward(text):+.1f}"
             rows.append({"label": label, "prompt": prompt})
     scores = score.score_responses(model, responses, batch_size=len(responses))
     for row, response, scored in zip(rows, responses, scores, strict=True):
@@ -473,85 +460,22 @@ def colour(world: World, run: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-# ---- the table ----------------------------------------------------------------------------------
+def main() -> int:
+    parser = HfArgumentParser(
+        DemoConfig, prog="run.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    try:
+        (config,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+        be_quiet()
+        run(config)
+    except (UserError, NonFiniteError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted; what was written stays", file=sys.stderr)
+        return 130
+    return 0
 
 
-def at_level(curve: Sequence[dict[str, float]], key: str, level: float, wanted: str) -> float:
-    """``wanted`` where ``key`` first reaches ``level``, on a straight line between evaluations.
-
-    NaN where it never does.
-    """
-    before = curve[0]
-    if before[key] >= level:
-        return before[wanted]
-    for after in curve[1:]:
-        if after[key] >= level:
-            share = (level - before[key]) / (after[key] - before[key])
-            return before[wanted] + share * (after[wanted] - before[wanted])
-        before = after
-    return math.nan
-
-
-def common_levels(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """The highest gold reward and the highest KL that every run of every variant reaches."""
-    curves = [run["curve"] for variant in runs.values() for run in variant]
-    return {key: min(max(p[key] for p in curve) for curve in curves) for key in ("gold", "kl")}
-
-
-def _over_seeds(values: Sequence[float], digits: int = 3) -> str:
-    text = report.number(statistics.fmean(values), digits)
-    if len(values) > 1:
-        text += f" ± {report.number(statistics.stdev(values), 2)}"
-    return text
-
-
-def result_table(results: dict[str, Any]) -> report.Table:
-    """Accuracy, segments, gold, updates, KL, diversity and seconds of every variant."""
-    levels, runs = results["levels"], results["runs"]
-    columns = [
-        "",
-        "held-out accuracy",
-        "segments",
-        "gold",
-        "best gold",
-        f"updates to gold {report.number(levels['gold'])}",
-        "KL (nats)",
-        f"gold at KL {report.number(levels['kl'])}",
-        "distinct bigrams",
-        "seconds",
-    ]
-    blank = ["-"] * (len(columns) - 2)
-    rows = []
-    for name, accuracy in results["baselines"].items():
-        rows.append([name, f"{100 * accuracy:.1f} %", *blank])
-    starts = [run["curve"][0] for variant in runs.values() for run in variant]
-
-    def start(key: str) -> str:
-        return report.number(statistics.fmean(point[key] for point in starts))
-
-    rows.append(
-        [START, "-", start("segments"), start("gold"), "-", "-", "0", "-",
-         start("distinct_bigrams"), "-"]
-    )  # fmt: skip
-    for name, variant in runs.items():
-        curves = [run["curve"] for run in variant]
-
-        def end(key: str, curves: list[Any] = curves) -> str:
-            return _over_seeds([curve[-1][key] for curve in curves])
-
-        accuracy = results["reward_models"][VARIANTS[name][0]]["accuracy"]
-        rows.append(
-            [
-                name,
-                f"{100 * accuracy:.1f} %",
-                end("segments"),
-                end("gold"),
-                _over_seeds([max(p["gold"] for p in curve) for curve in curves]),
-                _over_seeds([at_level(c, "gold", levels["gold"], "update") for c in curves]),
-                end("kl"),
-                _over_seeds([at_level(c, "kl", levels["kl"], "gold") for c in curves]),
-                end("distinct_bigrams"),
-                _over_seeds([run["seconds"] for run in variant], 2),
-            ]
-        )
-    return report.Table(columns, rows)
+if __name__ == "__main__":
+    sys.exit(main())
