@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -85,13 +86,16 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
     )
     if model.use_peft:
         reward_model = apply_lora(reward_model, model, "SEQ_CLS")
+    identity: list[Any] = [None]
+    if config.process_index == 0:  # it reads all weights
+        identity[0] = _identity(model, config, tokenizer, pairs["train"], entropy_model)
     trainer = SegmentRewardTrainer(
         reward_model,
         config,
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
         processing_class=tokenizer,
-        identity=_identity(model, config, tokenizer, pairs["train"], entropy_model),
+        identity=broadcast_object_list(identity)[0],
     )
     sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
     if model.use_peft and sharded:
