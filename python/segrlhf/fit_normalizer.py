@@ -16,7 +16,7 @@ import torch
 from segkernels import LocationFit, Normalizer, ScalarNormalizer, fit_location
 
 from . import report
-from .configs import DataConfig, flag
+from .configs import SEED, DataConfig, Range, flag
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
 from .entropy_cache import SIDES, EntropyCache, build_entropy_cache, cache_directory, describe
@@ -46,10 +46,14 @@ class FitConfig(RewardModelConfig):
         "Form of the normaliser; auto: scalar for a bandit model, else the log line, "
         "or the table where the line explains less than half of the mean's variation.",
     )
-    max_pairs: int = flag(60_000, "Pairs drawn from the data; all, if it has fewer.")
-    seed: int = flag(0, "Of the draw.")
+    max_pairs: int = flag(
+        60_000, "Pairs drawn from the data; all, if it has fewer.", limits=Range(min=1)
+    )
+    seed: int = flag(0, "Of the draw.", limits=SEED)
     entropy_cache_dir: str | None = flag(
-        None, "Where entropies are kept; default ~/.cache/segrlhf/entropy."
+        None,
+        "Where entropies are kept; default ~/.cache/segrlhf/entropy.",
+        writes="directory",
     )
 
 
@@ -108,8 +112,6 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
             f"reward_model: expected a directory with config.json, where the normaliser is "
             f"written, got {directory}; bring a hub model there with 'hf download NAME --local-dir'"
         )
-    if config.max_pairs < 1:
-        raise UserError(f"max_pairs: expected at least 1, got {config.max_pairs}")
     model = load_reward_model(config)
     tokenizer = reward_tokenizer(config)
     pairs, data_report = tokenize_pairs(

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from segkernels import segment_positions, segment_scores
 
 from . import report
-from .configs import DataConfig, ModelConfig, PairConfig, flag
+from .configs import THRESHOLD, DataConfig, ModelConfig, PairConfig, Range, check_flags, flag
 from .data.batch import pad_responses
 from .data.load import load_rows
 from .data.render import Renderer, split_pair
@@ -47,6 +47,7 @@ class RewardModelConfig:
         None,
         "Nats; only for a checkpoint that does not say.",
         depends_on=("reward_model", "granularity"),
+        limits=THRESHOLD,
     )
     entropy_model: str | None = flag(
         None, "Frozen LM; default: the one of the reward model's config.", depends_on=_TRAINED
@@ -57,12 +58,20 @@ class RewardModelConfig:
     chat_template_path: str | None = flag(
         None, "A jinja file, for a tokenizer without chat template.", depends_on=_TRAINED
     )
-    dtype: str = flag("auto", "Weights of the reward model: auto, float32, bfloat16 or float16.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "Weights of the reward model."
+    )
     max_length: int | None = flag(
-        None, "Tokens of prompt and response; default: as in training.", depends_on=_TRAINED
+        None,
+        "Tokens of prompt and response; default: as in training.",
+        depends_on=_TRAINED,
+        limits=Range(min=1),
     )
     max_prompt_length: int | None = flag(
-        None, "Tokens of the prompt; default: as in training.", depends_on=_TRAINED
+        None,
+        "Tokens of the prompt; default: as in training.",
+        depends_on=_TRAINED,
+        limits=Range(min=1),
     )
     truncation_side: Literal["none", "left"] | None = flag(
         None,
@@ -85,7 +94,10 @@ class RewardModelConfig:
         nargs="?",
         const=True,
     )
-    batch_size: int = flag(16, "Responses in one forward.")
+    batch_size: int = flag(16, "Responses in one forward.", limits=Range(min=1))
+
+    def __post_init__(self) -> None:
+        check_flags(self)
 
 
 @dataclass
@@ -93,7 +105,9 @@ class ScoreConfig(RewardModelConfig):
     """Arguments of ``segrlhf score``."""
 
     output: str = flag(
-        "scores.jsonl", "A .jsonl file, or .html for responses coloured by segment reward."
+        "scores.jsonl",
+        "A .jsonl file, or .html for responses coloured by segment reward.",
+        writes="file",
     )
 
 

@@ -40,14 +40,10 @@ def load_split(data: DataConfig, split: str) -> Dataset | None:
     Evaluation rows are the split ``dataset_test_split`` where the dataset has it; else the pairs
     of ``eval_size`` of the prompts, drawn by a hash of the prompt so that every process and every
     run holds out the same ones; else None. ``max_samples`` takes the first rows before the
-    hold-out. Raises UserError as ``load_rows`` does, and for an ``eval_size`` outside [0, 1).
+    hold-out. Raises UserError as ``load_rows`` does.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split: expected 'train' or 'eval', got {split!r}")
-    if not 0.0 <= data.eval_size < 1.0:
-        raise UserError(f"eval_size: expected a share in [0, 1), got {data.eval_size}")
-    if data.max_samples is not None and data.max_samples < 1:
-        raise UserError(f"max_samples: expected at least 1, got {data.max_samples}")
     name = data.dataset_name
     splits = _open(name, data.dataset_config)
     train, test = data.dataset_train_split, data.dataset_test_split
