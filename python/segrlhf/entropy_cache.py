@@ -26,7 +26,7 @@ from .data.batch import pad_responses
 from .data.tokenize import tokenizer_key
 from .errors import NonFiniteError, UserError
 from .models.lm_head import token_stats
-from .models.loading import load_causal_lm
+from .models.loading import check_positions, check_vocabulary, load_causal_lm
 from .runtime import files
 from .runtime.distributed import processes
 
@@ -262,6 +262,7 @@ def build_entropy_cache(
         todo = cache.missing()
         state.wait_for_everyone()  # nobody writes before everybody has the same list
         model = load_entropy_model(model_name_or_path, revision, trust_remote_code)
+        check_vocabulary(model.config.get_text_config().vocab_size, tokenizer)
         batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
         batches = batches[state.process_index :: state.num_processes]
         with cache.writer() as write:
@@ -300,6 +301,7 @@ def entropies(
     Raises NonFiniteError with the response's name when one is NaN or infinite.
     """
     ids, attention, action = pad_responses(prompts, responses, model.device)
+    check_positions(model, ids.shape[1], f"a batch with {names[0]}")
     entropy = token_stats(model, ids, attention, action)[1].float().cpu()
     out = []
     for row, mask, name in zip(entropy, action.cpu(), names, strict=True):

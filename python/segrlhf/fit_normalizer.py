@@ -21,7 +21,9 @@ from .data.load import load_split
 from .data.tokenize import tokenize_pairs
 from .entropy_cache import SIDES, EntropyCache, build_entropy_cache, cache_directory, describe
 from .errors import UserError
+from .models.loading import check_vocabulary
 from .models.reward_model import SegmentRewardModel
+from .outputs import check_writable
 from .runtime import files
 from .runtime.distributed import processes, say
 from .score import (
@@ -112,8 +114,10 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
             f"reward_model: expected a directory with config.json, where the normaliser is "
             f"written, got {directory}; bring a hub model there with 'hf download NAME --local-dir'"
         )
+    check_writable("reward_model", directory, "directory")
     model = load_reward_model(config)
     tokenizer = reward_tokenizer(config)
+    check_vocabulary(model.config.get_text_config().vocab_size, tokenizer)
     pairs, data_report = tokenize_pairs(
         load_split(data, "train"), tokenizer, **tokenization(config)
     )

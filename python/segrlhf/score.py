@@ -20,11 +20,11 @@ from . import report
 from .configs import THRESHOLD, DataConfig, ModelConfig, PairConfig, Range, check_flags, flag
 from .data.batch import pad_responses
 from .data.load import load_rows
-from .data.render import Renderer, split_pair
+from .data.render import Renderer, checked_row, split_pair
 from .data.tokenize import cut_to_length
 from .entropy_cache import SIDES, entropies, load_entropy_model
 from .errors import NonFiniteError, UserError
-from .models.loading import load_tokenizer
+from .models.loading import check_positions, check_vocabulary, load_tokenizer
 from .models.reward_model import SegmentRewardModel
 from .reward.run import trained_with
 from .runtime import files
@@ -183,6 +183,9 @@ def score_responses(
     order = sorted(
         range(len(responses)), key=lambda i: -len(responses[i].prompt_ids) - len(responses[i].ids)
     )
+    if order:
+        longest = responses[order[0]]
+        check_positions(model, len(longest.prompt_ids) + len(longest.ids), longest.name)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches = batches[state.process_index :: state.num_processes]
     found: list[tuple[int, Scored]] = []
@@ -239,11 +242,12 @@ def _read(rows: Any, tokenizer: Any, options: dict[str, Any]) -> _Rows:
     renderer = Renderer(tokenizer, lengths.pop("strip_system_header"))
     out = _Rows([], [], 0)
     for number, row in enumerate(rows):
+        row = checked_row(row, number)
         if pairs:
             prompt, *texts = split_pair(row)
         else:
             prompt, texts = row["prompt"], [row["response"]]
-        if not all(texts):
+        if prompt is None or not all(texts):
             out.skipped += 1
             continue
         prompt_ids, ids = renderer.pair(prompt, texts)
@@ -257,7 +261,7 @@ def _read(rows: Any, tokenizer: Any, options: dict[str, Any]) -> _Rows:
             out.responses.append(Response(name, cut.prompt, kept, terminated))
             out.notes.append(
                 {
-                    "id": row.get("id", number),
+                    "id": _json_id(row.get("id", number), number),
                     "prompt": renderer.prompt_text(prompt),
                     "label": label,
                 }
@@ -268,6 +272,17 @@ def _read(rows: Any, tokenizer: Any, options: dict[str, Any]) -> _Rows:
             f"or a prompt that is empty or over {options['max_prompt_length']} tokens"
         )
     return out
+
+
+def _json_id(value: Any, row: int) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"id: expected a text or a finite number, which json can write, got {value!r} in row "
+            f"{row}; convert the column id, or drop it"
+        ) from error
+    return value
 
 
 def pieces(tokenizer: Any, ids: list[int], ends: np.ndarray) -> tuple[str, list[tuple[int, int]]]:
@@ -303,12 +318,14 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
         raise UserError(f"output: expected a new file, got {output}, which exists; choose another")
     model = load_reward_model(config)
     tokenizer = reward_tokenizer(config)
+    check_vocabulary(model.config.get_text_config().vocab_size, tokenizer)
     split = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_config)
     if data.max_samples is not None:
         split = split.select(range(min(data.max_samples, len(split))))
     rows = _read(split, tokenizer, tokenization(config))
     if model.granularity == "segment":
-        _add_entropies(rows.responses, entropy_model_name(model, config), config.batch_size)
+        name = entropy_model_name(model, config)
+        _add_entropies(rows.responses, name, tokenizer, config.batch_size)
     scored = score_responses(model, rows.responses, config.batch_size)
 
     normalizer = model.normalizer
@@ -376,10 +393,11 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     return result
 
 
-def _add_entropies(responses: list[Response], name: str, batch_size: int) -> None:
+def _add_entropies(responses: list[Response], name: str, tokenizer: Any, batch_size: int) -> None:
     """Fills ``entropy`` of every response; the processes share the work."""
     state = processes()
     model = load_entropy_model(name)
+    check_vocabulary(model.config.get_text_config().vocab_size, tokenizer)
     order = sorted(range(len(responses)), key=lambda i: -len(responses[i].ids))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches = batches[state.process_index :: state.num_processes]

@@ -22,7 +22,7 @@ from transformers.utils import cached_file, logging
 import segkernels
 from segkernels import ScalarNormalizer, normalizer_from_dict
 
-from ..errors import UserError
+from ..errors import UserError, reading
 from .lm_head import positions
 from .loading import check_vocabulary, load_config, weight_files
 
@@ -313,7 +313,10 @@ def _n_labels(name_or_path: str | Path, where: dict[str, Any]) -> int:
     if path := files.get("") or files.get(name):
         if not files.get(""):
             path = cached_file(str(name_or_path), path, **where)
-        with safe_open(path, framework="pt") as weights:
+        with (
+            reading("reward model", "whole safetensors weights", path, "copy the file again"),
+            safe_open(path, framework="pt") as weights,
+        ):
             if name in weights.keys():  # noqa: SIM118 (a file handle, no dict)
                 return weights.get_slice(name).get_shape()[0]
     raise UserError(
@@ -360,7 +363,9 @@ def _load(
         raise UserError(
             f"model: expected a decoder-only model, got the encoder-decoder {name_or_path}"
         )
-    with _quiet():  # the callers judge missing weights themselves
+    weights = "the whole weights of a decoder"
+    # The callers judge missing weights themselves.
+    with _quiet(), reading("model", weights, name_or_path, "copy or save the model again"):
         return super(SegmentRewardModel, reward_class).from_pretrained(  # type: ignore[misc]
             name_or_path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
         )
