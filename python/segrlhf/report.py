@@ -11,12 +11,13 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 import torch
 
 from segkernels import normalizer_from_dict
+
+from .markup import escape
 
 Point = tuple[float, float]
 

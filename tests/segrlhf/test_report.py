@@ -187,3 +187,17 @@ def test_table_as_html_markdown_and_text():
     lines = table.text().splitlines()
     assert lines[2].endswith("1")
     assert len(lines[1]) == len(lines[2])
+
+
+def test_characters_that_xml_cannot_hold():
+    strange = "a\x00b\x1b\x7f\ufffe\ud800" + NASTY
+    rows = [{**ROWS[0], "prompt": strange, "segments": [(strange, 1.0)], "label": strange}]
+    lines = [report.Line(strange, [(0.0, 1.0), (1.0, 2.0)])]
+    labels = dict.fromkeys(("title", "x_label", "y_label"), strange)
+    chart = report.line_chart_svg(lines, **labels, level=(1.5, strange))
+    for picture in (report.responses_svg(rows), chart, report.standalone(chart)):
+        ET.fromstring(picture.encode())
+    page = report.responses_html(rows, strange)
+    assert "<script" not in page
+    assert "a\ufffdb\ufffd" in page
+    page.encode()
