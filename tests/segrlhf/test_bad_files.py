@@ -13,15 +13,16 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from segrlhf import cli
+from segrlhf.configs import ModelConfig
 from segrlhf.data.load import load_rows
 from segrlhf.errors import UserError
-from segrlhf.models.loading import check_positions, check_vocabulary
+from segrlhf.models.loading import check_positions, check_vocabulary, load_causal_lm
 from segrlhf.models.reward_model import SegmentRewardModel
 from segrlhf.reward.trainer import RUN_FILE
 
 
 def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 - 7])  # not between two lines
 
 
 def flip(path):
@@ -120,6 +121,15 @@ def test_damaged_files(file, whole, tmp_path, monkeypatch, capfd):
         assert name in said[-1] or "rm" in said[-1], what
         assert not any("Traceback" in line for line in said), what
         assert not (case / "out.jsonl").exists(), what
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_language_models(file, damage, tiny_lm_dir, tmp_path):
+    shutil.copytree(tiny_lm_dir, tmp_path / "lm")
+    damage(tmp_path / "lm" / file)
+    with pytest.raises(UserError, match="model: expected .*lm"):
+        load_causal_lm(ModelConfig(str(tmp_path / "lm")))
 
 
 def test_an_existing_name_is_that_file(tmp_path, write_jsonl, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import os
@@ -99,6 +100,8 @@ def _open(name: str, config: str | None) -> dict[str, Dataset]:
         if matched:
             say(f"dataset_name: {name} is a pattern of {', '.join(map(str, matched))}")
             return _read_files(name, matched)
+        if _format(path) or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise FileNotFoundError(errno.ENOENT, "no such file or directory")  # no hub name
         return datasets.load_dataset(name, config)
 
 
