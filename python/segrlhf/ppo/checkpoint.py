@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from segkernels import RunningLocationNormalizer
 
-from ..errors import UserError
+from ..errors import UserError, reading
 from ..models.loading import load_whole
 from ..models.reward_model import SegmentRewardModel
 from ..runtime import files
@@ -76,6 +76,17 @@ def read_checkpoint(
     identity: dict[str, Any],
 ) -> TrainingState:
     """Loads what ``write_checkpoint`` wrote; UserError when it belongs to another run."""
+    with reading("resume_from_checkpoint", "a whole checkpoint", path, "resume from an older one"):
+        return _read(path, module, optimizer, normalizer, identity)
+
+
+def _read(
+    path: Path,
+    module: PolicyAndValue,
+    optimizer: torch.optim.Optimizer,
+    normalizer: Any,
+    identity: dict[str, Any],
+) -> TrainingState:
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
     changed = [
         f"{k} {v} (now {identity[k]})" for k, v in saved["identity"].items() if v != identity[k]
