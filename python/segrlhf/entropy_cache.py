@@ -61,12 +61,12 @@ class EntropyCache:
             meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
             self._offsets = np.load(self.directory / "offsets.npy")
             self._entropy = np.load(self.directory / "entropy.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
+            self.complete = bool(meta["complete"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"entropy cache: expected meta.json, offsets.npy and entropy.npy in "
                 f"{self.directory}, got {error}; delete the directory and build it again"
             ) from error
-        self.complete: bool = meta["complete"]
 
     def __len__(self) -> int:
         """Number of pairs."""

@@ -128,7 +128,7 @@ def test_damaged_files(file, whole, tmp_path, monkeypatch, capfd):
 def test_damaged_language_models(file, damage, tiny_lm_dir, tmp_path):
     shutil.copytree(tiny_lm_dir, tmp_path / "lm")
     damage(tmp_path / "lm" / file)
-    with pytest.raises(UserError, match="model: expected .*lm"):
+    with pytest.raises(UserError, match=r"model: expected .*lm"):
         load_causal_lm(ModelConfig(str(tmp_path / "lm")))
 
 
