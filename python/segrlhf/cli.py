@@ -242,7 +242,7 @@ def parse(name: str, argv: list[str]) -> tuple[Any, ...]:
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # of TrainingArguments
         raise UserError(
             f"flags: expected settings that go together, got this refusal of transformers: "
-            f"{first_line(error)}; change or drop one of them"
+            f"{' '.join(str(error).split())}; change or drop one of them"
         ) from error
 
 

@@ -238,8 +238,8 @@ def _read(rows: Any, name: str, tokenizer: Any, options: dict[str, Any]) -> _Row
     pairs = {"chosen", "rejected"} <= columns
     if not pairs and not {"prompt", "response"} <= columns:
         raise UserError(
-            f"dataset: expected the columns prompt and response, or chosen and rejected, in {name}, "
-            f"got {', '.join(rows.column_names)}; rename the columns"
+            "dataset: expected the columns prompt and response, or chosen and rejected, got "
+            f"{', '.join(rows.column_names)} in {name}; rename the columns"
         )
     lengths = dict(options)
     renderer = Renderer(tokenizer, lengths.pop("strip_system_header"))

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configs import SEED, THRESHOLD, PairConfig, Range, check_flags, flag
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..models.reward_model import check_threshold
 
 _COUNT, _SHARE, _NOT_NEGATIVE = Range(min=1), Range(min=0, below=1), Range(min=0)
@@ -124,7 +124,13 @@ class RewardConfig(PairConfig, TrainingArguments):
             setattr(self, f"gradient_{what}", given)
         check_flags(self, TRAINING_LIMITS)
         TrainingArguments.__post_init__(self)
-        get_reporting_integration_callbacks(self.report_to)  # ValueError for an unknown one
+        try:
+            get_reporting_integration_callbacks(self.report_to)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(
+                f"report_to: expected none or trackers that transformers knows, got "
+                f"{', '.join(self.report_to)}: {first_line(error)}"
+            ) from error
         if self.granularity == "segment":
             check_threshold(self.entropy_threshold)
         elif self.entropy_threshold is not None:
