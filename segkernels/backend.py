@@ -4,6 +4,9 @@
 What was asked for and is not available raises with the reason; nothing falls back silently.
 Triton kernels run on NVIDIA GPUs, and on CPUs under Triton's interpreter (``TRITON_INTERPRET=1``)
 when they are asked for.
+
+Kernels have the first derivative, in backward passes. Second derivatives and forward mode
+(``torch.func.jvp``) are the reference's; a kernel that is asked for them raises with its op's name.
 """
 
 from __future__ import annotations

@@ -223,16 +223,21 @@ def _lengths(pairs: Dataset) -> np.ndarray:
     return np.concatenate(out)
 
 
-def cache_key(fingerprint: str, tokenizer: Any, pairs: Dataset) -> str:
-    """Hash of the model, the tokenizer with its chat template and every token id of the data."""
-    digest = hashlib.sha256(f"{FORMAT} {fingerprint}".encode())
-    digest.update(tokenizer_key(tokenizer).encode())
+def pairs_digest(pairs: Dataset) -> str:
+    """Hash of every token id."""
+    digest = hashlib.sha256()
     for table in _tables(pairs):
         for name in table.column_names:
             column = table[name].combine_chunks()
             digest.update(column.value_lengths().to_numpy().astype(np.int32).tobytes())
             digest.update(column.flatten().to_numpy().astype(np.int32).tobytes())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
+
+
+def cache_key(fingerprint: str, tokenizer: Any, pairs: Dataset) -> str:
+    """Hash of the model, the tokenizer with its chat template and the data."""
+    parts = (str(FORMAT), fingerprint, tokenizer_key(tokenizer), pairs_digest(pairs))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from segkernels import LocationNormalizer, scatter_segment_rewards, segment_scores
+from segkernels import LocationNormalizer, ScalarNormalizer, scatter_segment_rewards, segment_scores
 from segrlhf import cli, presets
 from segrlhf.configs import DataConfig, ModelConfig
 from segrlhf.errors import NonFiniteError, UserError
@@ -620,10 +622,83 @@ def test_output_dir_that_is_not_empty_is_left_alone(lm, rm, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "mine"
 
 
-def test_checkpoint_of_another_run(lm, rm, tmp_path):
-    make_trainer(lm, rm, tmp_path, save_steps=2, total_episodes=16).train()
-    other = make_trainer(lm, rm, tmp_path, seed=1, resume_from_checkpoint="true")
-    with pytest.raises(UserError, match=r"another run's: seed 0 \(now 1\); repeat the first"):
+@pytest.fixture(scope="module")
+def finished(lm, rm, tmp_path_factory):
+    """The directory of a run of two updates; no test may write there."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    make_trainer(lm, rm, path, save_steps=2, total_episodes=16).train()
+    return path
+
+
+def resumed(finished, tmp_path, lm, rm, **changes):
+    shutil.copytree(finished, tmp_path / "run")
+    flags = {"save_steps": 2, "total_episodes": 24, "resume_from_checkpoint": "true", **changes}
+    return make_trainer(lm, rm, tmp_path / "run", **flags)
+
+
+def other_weights(model):
+    with torch.no_grad():
+        model.score.weight[0, 0] += 1e-3
+
+
+def other_normalizer(model):
+    model.normalizer = ScalarNormalizer(1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "alter", "named"),
+    [
+        ({"seed": 1}, None, r"seed 0 \(now 1\)"),
+        ({"mini_batch_size": 8, "gamma": 0.5}, None, r"gamma 1.0 \(now 0.5\), mini_batch_size 4"),
+        ({"normalizer": "none"}, None, r"normalizer auto \(now none\)"),
+        ({}, other_weights, r"reward model [0-9a-f]+ \(now [0-9a-f]+\)"),
+        ({}, other_normalizer, "reward model's segments and normalizer"),
+    ],
+)
+def test_checkpoint_of_another_run(finished, lm, rm, tmp_path, changes, alter, named):
+    model = SegmentRewardModel.from_pretrained(rm)
+    if alter is not None:
+        alter(model)
+    other = resumed(finished, tmp_path, lm, rm, reward_model=model, **changes)
+    with pytest.raises(UserError, match=rf"got another one: {named}.*may be changed: .*kl_coef"):
+        other.train()
+
+
+def test_prompts_of_another_run(finished, lm, rm, tmp_path):
+    other = resumed(finished, tmp_path, lm, rm)
+    other.train_prompts = rows(PROMPTS[::-1])
+    with pytest.raises(UserError, match="got another one: prompts"):
+        other.train()
+
+
+def test_what_may_be_changed_is_used(finished, lm, rm, tmp_path, capsys):
+    flags = {"kl_coef": 0.5, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
+    history = resumed(finished, tmp_path, lm, rm, **flags).train()
+    assert history[1]["objective/kl_coef"] == 0.05
+    assert (history[2]["objective/kl_coef"], history[2]["lr"]) == (0.5, 3e-2)
+    said = capsys.readouterr()
+    assert "kl_coef 0.05 (now 0.5)" in said.out + said.err
+
+
+FILES = ["identity.json", "state.json", "optimizer.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_checkpoint_without_one_of_its_files(finished, lm, rm, tmp_path, name):
+    other = resumed(finished, tmp_path, lm, rm)
+    (tmp_path / "run" / "checkpoint-2" / name).unlink()
+    with pytest.raises(UserError, match=rf"expected {name} in .*checkpoint-2, got none"):
+        other.train()
+
+
+@pytest.mark.parametrize("name", ["policy", "value"])
+def test_checkpoint_without_one_of_its_weights(finished, lm, rm, tmp_path, name):
+    other = resumed(finished, tmp_path, lm, rm)
+    path = tmp_path / "run" / "checkpoint-2" / name / "model.safetensors"
+    kept = load_file(path)
+    del kept["model.norm.weight"]
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"expected exactly the weights .* without model\.norm"):
         other.train()
 
 

@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
 
 from segkernels import segment_bradley_terry
@@ -382,6 +383,82 @@ def test_resume_may_name_a_checkpoint(train, tmp_path):
         assert torch.equal(weight, before[name])
     with pytest.raises(UserError, match=r"expected a complete checkpoint directory, got .*-5"):
         train(resume_from_checkpoint=tmp_path / "rm" / "checkpoint-5")
+
+
+# Checkpoints of other runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Where the first of the tests below leaves its run, for the others to copy."""
+    return tmp_path_factory.mktemp("finished") / "rm"
+
+
+@pytest.fixture
+def resume(train, finished, tmp_path):
+    """Goes on, with changes, from a copy of a run that has done four steps of eight."""
+    settings = {"save_steps": 4, "max_steps": 4}
+    if not finished.exists():
+        train("rm", **settings)
+        shutil.copytree(tmp_path / "rm", finished)
+        shutil.rmtree(tmp_path / "rm")
+    shutil.copytree(finished, tmp_path / "rm")
+
+    def resume(**changes):
+        return train(**{**settings, "max_steps": 8, "resume_from_checkpoint": "true", **changes})
+
+    return resume
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, r"seed 42 \(now 1\)"),
+        ({"entropy_threshold": 2.0}, r"entropy_threshold 3.0 \(now 2.0\)"),
+        ({"granularity": "token", "entropy_threshold": None}, "entropy model .*granularity"),
+        ({"per_device_train_batch_size": 2}, r"per_device_train_batch_size 4 \(now 2\)"),
+        ({"learning_rate": 1e-3}, r"learning_rate 0.01 \(now 0.001\)"),
+        ({"max_length": 24}, "pairs"),
+        ({"eval_size": 0.25}, "pairs"),
+    ],
+)
+def test_checkpoint_of_another_run(resume, changes, named):
+    with pytest.raises(UserError, match=rf"got another one: {named}.*may be changed: eval_steps"):
+        resume(**changes)
+
+
+def test_checkpoint_of_another_model(resume, tiny_lm_dir, tmp_path):
+    shutil.copytree(tiny_lm_dir, tmp_path / "moved")
+    resume(model_name_or_path=tmp_path / "moved")  # the same weights, elsewhere
+    other = load_file(tiny_lm_dir / "model.safetensors")
+    other["model.norm.weight"] += 1e-3
+    save_file(other, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"got another one: entropy model .*, model "):
+        resume(model_name_or_path=tmp_path / "moved", max_steps=12)
+
+
+def test_what_may_be_changed_is_used(resume, capsys):
+    result = resume(max_steps=6, logging_steps=2)
+    assert [log["step"] for log in result["history"] if "loss" in log] == [1, 2, 3, 4, 6]
+    assert "logging_steps 1 (now 2), max_steps 4 (now 6)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["identity.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+def test_checkpoint_without_one_of_its_files(resume, tmp_path, name):
+    (tmp_path / "rm" / "checkpoint-4" / name).unlink()
+    with pytest.raises(UserError, match=rf"expected {name} in .*checkpoint-4, got none"):
+        resume()
+
+
+def test_checkpoint_without_one_of_its_weights(resume, tmp_path):
+    path = tmp_path / "rm" / "checkpoint-4" / "model.safetensors"
+    kept = load_file(path)
+    del kept["model.norm.weight"]
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"checkpoint: expected exactly the weights .*model\.norm"):
+        resume()
 
 
 # Numbers that are not finite

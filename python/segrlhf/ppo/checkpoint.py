@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,26 @@ from safetensors.torch import load_file, save_file
 
 from segkernels import RunningLocationNormalizer
 
-from ..errors import UserError, reading
+from ..data.tokenize import tokenizer_key
+from ..errors import reading
 from ..models.loading import load_whole
 from ..models.reward_model import SegmentRewardModel
 from ..runtime import files
+from ..runtime.identity import Identity, digest, require_files, weights_digest
 from .config import PPOConfig
 from .models import PolicyAndValue
 
-# Settings that a run must keep for its continuation to be the run that was cut off.
-KEPT = (
-    "seed", "rollout_batch_size", "mini_batch_size", "num_ppo_epochs", "response_length",
-    "temperature", "normalizer", "reward_credit", "reward_spread", "reward_reduction",
+# What a resumed run may change: how far and how fast it goes, what it costs, writes and shows.
+FREE = (
+    "kl_coef", "kl_target", "kl_horizon", "learning_rate", "value_learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm",
+    "total_episodes", "num_episodes", "generation_batch_size", "per_device_train_batch_size",
+    "gradient_checkpointing", "use_cpu", "logging_steps", "eval_steps", "save_steps",
+    "save_total_limit", "report_to",
 )  # fmt: skip
+
+# Places, of which what is there counts: see ``run_identity``.
+PLACES = ("output_dir", "resume_from_checkpoint", "reward_model", "entropy_model", "value_model")
 
 
 @dataclass
@@ -37,11 +44,35 @@ class TrainingState:
     history: list[dict[str, float]] = field(default_factory=list)  # everything logged
 
 
-def run_identity(config: PPOConfig, prompts: Any) -> dict[str, Any]:
-    """``KEPT`` and a hash of the prompts' token ids."""
-    ids = json.dumps([list(row["prompt_ids"]) for row in prompts])
-    digest = hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()
-    return {**{name: getattr(config, name) for name in KEPT}, "prompts": digest}
+def run_identity(
+    config: PPOConfig,
+    prompts: Any,
+    tokenizer: Any,
+    ref_policy: Any,
+    reward_model: SegmentRewardModel,
+    entropy_model: Any,
+) -> Identity:
+    """All settings, and hashes of the prompts' token ids, the tokenizer and the frozen models.
+
+    The value model's start does not count: its weights come from the checkpoint.
+    """
+    settings = {each.name: getattr(config, each.name) for each in fields(config)}
+    normalizer = reward_model.normalizer
+    cuts = (
+        reward_model.granularity,
+        reward_model.entropy_threshold,
+        None if normalizer is None else normalizer.to_dict(),
+    )
+    inputs = {
+        "prompts": digest(list(row["prompt_ids"]) for row in prompts),
+        "tokenizer": tokenizer_key(tokenizer),
+        "policy before training": weights_digest(ref_policy),
+        "reward model": weights_digest(reward_model),
+        "reward model's segments and normalizer": digest(cuts),
+        "entropy model": None if entropy_model is None else weights_digest(entropy_model),
+    }
+    kept = {name: v for name, v in settings.items() if name not in (*FREE, *PLACES)}
+    return Identity(kept | inputs, {name: settings[name] for name in FREE})
 
 
 def write_checkpoint(
@@ -51,7 +82,7 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     normalizer: Any,
     state: TrainingState,
-    identity: dict[str, Any],
+    identity: Identity,
 ) -> None:
     """Writes everything into the empty ``directory``."""
     module.policy.save_pretrained(directory / "policy")
@@ -64,8 +95,9 @@ def write_checkpoint(
     }
     save_file(moments, directory / "optimizer.safetensors")
     running = isinstance(normalizer, RunningLocationNormalizer)
-    kept = {"normalizer": normalizer.state_dict() if running else None, "identity": identity}
-    files.write_json(directory / "state.json", {**asdict(state), **kept})
+    fitted = {"normalizer": normalizer.state_dict() if running else None}
+    files.write_json(directory / "state.json", {**asdict(state), **fitted})
+    identity.write(directory)
 
 
 def read_checkpoint(
@@ -73,29 +105,27 @@ def read_checkpoint(
     module: PolicyAndValue,
     optimizer: torch.optim.Optimizer,
     normalizer: Any,
-    identity: dict[str, Any],
-) -> TrainingState:
-    """Loads what ``write_checkpoint`` wrote; UserError when it belongs to another run."""
+    identity: Identity,
+) -> tuple[TrainingState, dict[str, tuple[Any, Any]]]:
+    """What ``write_checkpoint`` wrote, loaded; and the settings that were changed since.
+
+    Raises UserError for another run's, for a file that is not there, and for weights that are not
+    exactly the models'.
+    """
+    changed = identity.check(path)
+    require_files(path, ["state.json", "optimizer.safetensors"])
     with reading("resume_from_checkpoint", "a whole checkpoint", path, "resume from an older one"):
-        return _read(path, module, optimizer, normalizer, identity)
+        saved = _load(path, module, optimizer, normalizer)
+    # Where it is adaptive beta goes on from where it was, unless another start is asked for.
+    kl_coef = identity.free["kl_coef"] if "kl_coef" in changed else saved["kl_coef"]
+    return TrainingState(kl_coef, saved["global_step"], saved["history"]), changed
 
 
-def _read(
-    path: Path,
-    module: PolicyAndValue,
-    optimizer: torch.optim.Optimizer,
-    normalizer: Any,
-    identity: dict[str, Any],
-) -> TrainingState:
+def _load(
+    path: Path, module: PolicyAndValue, optimizer: torch.optim.Optimizer, normalizer: Any
+) -> dict[str, Any]:
+    """Weights, Adam's moments and the normaliser, in place; what else state.json holds."""
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    changed = [
-        f"{k} {v} (now {identity[k]})" for k, v in saved["identity"].items() if v != identity[k]
-    ]
-    if changed:
-        raise UserError(
-            f"resume_from_checkpoint: expected the settings of {path}, got another run's: "
-            f"{', '.join(changed)}; repeat the first command line, or start in a new output_dir"
-        )
     load_policy = type(module.policy).from_pretrained
     policy = load_whole(load_policy, path / "policy", "checkpoint", dtype=torch.float32)
     value = SegmentRewardModel.from_pretrained(path / "value", dtype=torch.float32)
@@ -109,7 +139,7 @@ def _read(
         optimizer.state[parameter][part] = tensor.to(device)
     if saved["normalizer"] is not None:
         normalizer.load_state_dict(saved["normalizer"])
-    return TrainingState(saved["kl_coef"], saved["global_step"], saved["history"])
+    return saved
 
 
 def drop_old_checkpoints(output_dir: str | Path, limit: int | None) -> None:

@@ -31,6 +31,7 @@ from ..runtime.checkpoints import (
     saving,
 )
 from ..runtime.distributed import any_rank
+from ..runtime.identity import Identity, changes_told
 from ..runtime.interrupt import Interrupt
 from ..runtime.metrics import Metrics
 from .checkpoint import (
@@ -305,8 +306,10 @@ class PPOTrainer:
     # Files
 
     @functools.cached_property
-    def _identity(self) -> dict[str, Any]:
-        return run_identity(self.config, self.train_prompts)
+    def _identity(self) -> Identity:
+        worker = self.worker
+        models = (worker.ref_policy, worker.reward_model, worker.entropy_model)
+        return run_identity(self.config, self.train_prompts, self.tokenizer, *models)
 
     def save_checkpoint(self) -> Path:
         """``checkpoint-<updates done>``: all that a resumed run needs; one that is there stays."""
@@ -325,9 +328,11 @@ class PPOTrainer:
 
     def load_checkpoint(self, path: Path) -> TrainingState:
         """Continues from ``path``; UserError when it belongs to a run of other settings."""
-        self.state = read_checkpoint(
+        self.state, changed = read_checkpoint(
             path, self.module, self.optimizer, self.normalizer, self._identity
         )
+        if changed and self.accelerator.is_main_process:
+            tqdm.write(changes_told(changed))
         return self.state
 
     def save_policy(self) -> None:

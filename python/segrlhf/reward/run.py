@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..configs import AdaptedModelConfig, DataConfig, PairConfig
 from ..data.load import load_split
-from ..data.tokenize import tokenize_pairs
-from ..entropy_cache import Pairs, build_entropy_cache
+from ..data.tokenize import tokenize_pairs, tokenizer_key
+from ..entropy_cache import Pairs, build_entropy_cache, model_fingerprint, pairs_digest
 from ..errors import UserError, reading
 from ..models.loading import apply_lora, check_positions, load_tokenizer
 from ..models.reward_model import SegmentRewardModel
 from ..runtime.checkpoints import claim_output_dir, resolve_resume
 from ..runtime.distributed import say
+from ..runtime.identity import Identity, digest
 from .config import RewardConfig
 from .trainer import RUN_FILE, SegmentRewardTrainer
 
@@ -95,6 +97,7 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
         processing_class=tokenizer,
+        identity=_identity(model, config, tokenizer, pairs["train"], entropy_model),
     )
     sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
     if model.use_peft and sharded:
@@ -114,6 +117,47 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
         "metrics": metrics,
         "history": trainer.state.log_history,
     }
+
+
+# What a resumed run may change: how far it goes, what it writes and shows.
+FREE = (
+    "num_train_epochs", "max_steps", "max_grad_norm", "logging_steps",
+    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit",
+)  # fmt: skip
+
+# What it may not: the continuation would be another run, or go on with the old value, which
+# Trainer loads with the optimizer's and the schedule's state.
+KEPT = (
+    "granularity", "entropy_threshold", "score_reduction", "label_smoothing_factor",
+    "center_rewards_coefficient", "seed", "data_seed", "train_sampling_strategy",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16",
+)  # fmt: skip
+
+
+def _identity(
+    model: AdaptedModelConfig, config: RewardConfig, tokenizer: Any, pairs: Any, entropy_model: str
+) -> Identity:
+    """Settings, and hashes of the base model, the entropy model, the tokenizer and the pairs."""
+    revision = model.model_revision
+    rest = (name for name in sorted(pairs.column_names) if not name.endswith("_ids"))
+    per_pair = ([name, list(pairs[name])] for name in rest)  # margins, what was cut
+    kept = {name: getattr(config, name) for name in KEPT}
+    kept |= {
+        "dtype": model.dtype,
+        "LoRA": [getattr(model, each.name) for each in fields(model) if "lora" in each.name]
+        if model.use_peft
+        else None,
+        "tokenizer": tokenizer_key(tokenizer),
+        "pairs": digest([pairs_digest(pairs), *per_pair]),
+        "model": model_fingerprint(model.model_name_or_path, revision),
+        "entropy model": None,
+    }
+    if config.granularity == "segment":
+        same = config.entropy_model is None
+        kept["entropy model"] = model_fingerprint(entropy_model, revision if same else "main")
+    return Identity(kept, {name: getattr(config, name) for name in FREE})
 
 
 def trained_with(reward_model: str | Path) -> dict[str, Any]:

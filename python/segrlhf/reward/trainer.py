@@ -24,6 +24,7 @@ from ..errors import NonFiniteError, UserError
 from ..models.loading import is_peft
 from ..runtime import files
 from ..runtime.checkpoints import COMPLETE, last_checkpoint, mark_complete, saving
+from ..runtime.identity import Identity, changes_told, require_files
 from ..runtime.interrupt import ctrl_c
 from .config import RewardConfig
 
@@ -61,6 +62,10 @@ class _Guard(TrainerCallback):
     def __init__(self, trainer: SegmentRewardTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Else those of the checkpoint's state would win over those of this run.
+        state.compute_steps(args, state.max_steps)
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.check_gradients()
 
@@ -86,6 +91,7 @@ class SegmentRewardTrainer(Trainer):
 
     Raises NonFiniteError, naming step and rows, before a NaN or infinite loss or gradient can
     reach the weights; KeyboardInterrupt after Ctrl-C, with a checkpoint of the step just finished.
+    ``identity`` is saved with each checkpoint; resuming from one that has another is an error.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class SegmentRewardTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        identity: Identity | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -112,6 +119,7 @@ class SegmentRewardTrainer(Trainer):
         # get_batch_samples counts pairs, compute_loss divides by them: Trainer must not divide.
         self.model_accepts_loss_kwargs = True
         self.stop_requested = False
+        self.identity = identity
         # Under peft and every wrapper, for what its config says.
         self.reward_model = model.get_base_model() if is_peft(model) else model
         self._rows: list[int] = []  # dataset rows of the current step on this process
@@ -326,8 +334,11 @@ class SegmentRewardTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As Trainer.train; the first Ctrl-C ends it after the current step, with a checkpoint.
 
-        Raises KeyboardInterrupt then; its message says how to go on.
+        Raises KeyboardInterrupt then; its message says how to go on. UserError for a checkpoint of
+        another run, and for one that lacks a file.
         """
+        if resume_from_checkpoint is not None:
+            self._check_checkpoint(Path(resume_from_checkpoint))
         try:
             with ctrl_c(self):
                 output = super().train(resume_from_checkpoint, **kwargs)
@@ -343,6 +354,17 @@ class SegmentRewardTrainer(Trainer):
                 "go on with --resume_from_checkpoint true"
             )
         return output
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        if self.identity is not None:
+            changed = self.identity.check(checkpoint)
+            if changed and self.is_world_process_zero():
+                tqdm.write(changes_told(changed))
+        # Trainer goes on without them, as another run. Sharded ones have other files.
+        require_files(checkpoint, ["trainer_state.json"])
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+            require_files(checkpoint, ["optimizer.pt", "scheduler.pt", f"rng_state{rank}.pth"])
 
     def _checkpoint_folder(self) -> Path:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -361,6 +383,8 @@ class SegmentRewardTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    if self.identity is not None:
+                        self.identity.write(folder)
                     mark_complete(folder, self.state.global_step)
         except BaseException:
             if self.args.should_save:
