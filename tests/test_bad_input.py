@@ -249,7 +249,9 @@ def test_values_that_make_no_sense_together_are_refused():
         pairs = arguments("segment_bradley_terry", (n_rows, 5)) | {"margin": None}
         check_refused("segment_bradley_terry", {k: v for k, v in pairs.items() if k != "backend"})
     check_refused("segment_ends", {"entropy": torch.full(GRID, NAN), "mask": every})
-    check_refused("linear_policy_loss", {"ref_logprobs": None})
+    for op in ("policy_loss", "linear_policy_loss"):
+        check_refused(op, {"ref_logprobs": None})
+    check_refused("policy_loss", {"entropy": None})
     check_refused("linear_policy_loss", {"targets": torch.full(GRID, -100), "mask": every})
     check_refused("linear_policy_loss", {"weight": floats(0, HIDDEN)})
     check_refused("linear_logprobs_and_entropy", {"hidden": floats(*GRID, 0)})
@@ -387,7 +389,7 @@ DIFFERENTIABLE = {
     **dict.fromkeys(("vocab_parallel_logprobs_and_entropy", "merge_vocab_stats"), ("logits",)),
     **{op: ("hidden", "weight", "bias") for op in OPS if op.startswith("linear_")},
     **dict.fromkeys(("segment_scores", "segment_bradley_terry"), ("rewards",)),
-    **{"policy_loss": ("logprobs",), "value_loss": ("values",)},
+    **{"policy_loss": ("logprobs", "entropy"), "value_loss": ("values",)},
 }
 
 

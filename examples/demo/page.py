@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from segrlhf.charts import normalizer_chart
 from segrlhf.compare import learning_curves
+from segrlhf.markup import escape
 from segrlhf.page import document, response_blocks
 from segrlhf.tables import Table, number
 

@@ -21,6 +21,7 @@ import torch
 
 from segkernels import normalizer_from_dict
 
+from .markup import representable
 from .page import COLOUR_STYLE, COLOURS
 from .tables import number
 
@@ -231,11 +232,11 @@ def _svg(figure: Figure, label: str, tips: Mapping[str, Sequence[str]]) -> str:
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=nothing)
-    root = ET.fromstring(file.getvalue())
+    root = ET.fromstring(representable(file.getvalue()))
     for name in ("width", "height"):
         root.set(name, root.get(name, "").removesuffix("pt"))
     root.set("role", "img")
-    root.set("aria-label", label)
+    root.set("aria-label", representable(label))
     for element in root.iter():
         for name in ("d", "x", "y"):
             if path := element.get(name):
@@ -250,7 +251,7 @@ def _svg(figure: Figure, label: str, tips: Mapping[str, Sequence[str]]) -> str:
         gid = element.attrib.pop("id", "") if element.tag == f"{{{_SVG_SPACE}}}g" else ""
         if gid in tips:
             for mark, tip in zip(element.iter(f"{{{_SVG_SPACE}}}use"), tips[gid], strict=True):
-                ET.SubElement(mark, f"{{{_SVG_SPACE}}}title").text = tip
+                ET.SubElement(mark, f"{{{_SVG_SPACE}}}title").text = representable(tip)
     ET.register_namespace("", _SVG_SPACE)
     ET.register_namespace("xlink", _LINK_SPACE)
     return ET.tostring(root, encoding="unicode") + "\n"

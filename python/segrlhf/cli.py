@@ -8,12 +8,15 @@ import errno
 import importlib
 import json
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
-from .configs import Flag, Missing
-from .errors import NonFiniteError, UserError
+from .configs import Flag, Missing, Range
+from .errors import NonFiniteError, UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,26 @@ COMMANDS = {
     ),
 }
 
-EXIT_USER, EXIT_NON_FINITE, EXIT_DISK, EXIT_INTERRUPTED = 2, 3, 4, 130
+EXIT_FAULT, EXIT_USER, EXIT_NON_FINITE, EXIT_DISK = 1, 2, 3, 4
+EXIT_INTERRUPTED, EXIT_PIPE = 130, 141
+_EXIT_STATUS = """exit status:
+  0    done
+  1    a fault of the program itself; SEGRLHF_TRACEBACK=1 shows where
+  2    the input is wrong: a flag, a file, a model, an environment variable
+  3    a number was NaN or infinite
+  4    the disk is full
+  130  stopped by Ctrl-C
+  141  whoever read the output has gone, as in "| head -1\""""
+
+# Numbers that launchers pass by the environment, read here and by torch and accelerate.
+ENVIRONMENT = {
+    "WORLD_SIZE": Range(min=1),
+    "RANK": Range(min=0),
+    "LOCAL_WORLD_SIZE": Range(min=1),
+    "LOCAL_RANK": Range(min=-1),
+    "MASTER_PORT": Range(min=0, max=65535),
+    "OMP_NUM_THREADS": Range(min=1),
+}
 
 # Of transformers.TrainingArguments' flags, the ones that --help shows; --help_all shows all.
 COMMON_TRAINING_FLAGS = {
@@ -65,7 +87,19 @@ COMMON_TRAINING_FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; exit status 0, or 2 bad input, 3 non-finite, 4 disk full, 130 Ctrl-C."""
+    """Runs a command; its exit status, see ``_EXIT_STATUS``."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+
+
+def _main(argv: list[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -81,30 +115,81 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         return _fail("", f"expected one of {', '.join(COMMANDS)}, got {name!r}{hint}", EXIT_USER)
     try:
+        _check_environment()
         configs = parse(name, rest)
         importlib.import_module(f".{COMMANDS[name].module}", __package__).run(*configs)
     except UserError as error:
         return _fail(name, error, EXIT_USER)
     except NonFiniteError as error:
         return _fail(name, error, EXIT_NON_FINITE)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _fail(name, f"{error}; what was there before is intact, free some space", EXIT_DISK)
     except KeyboardInterrupt as stop:
         return _fail(name, f"interrupted; {stop}" if str(stop) else "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("SEGRLHF_TRACEBACK", "0") not in ("", "0"):
+            raise
+        return _fail(name, *_explained(error))
     return 0
 
 
+def _explained(error: Exception) -> tuple[str, int]:
+    """What a library raised, in words for a person, and the exit status."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}; what was there before is intact, free some space", EXIT_DISK
+    if isinstance(error, OSError):
+        return (
+            f"file: expected one that can be read or written, got {first_line(error)}; check its "
+            "name and permissions",
+            EXIT_USER,
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        text = f"memory: expected enough, got {first_line(error)}; choose smaller batches"
+        return text, EXIT_USER
+    if isinstance(error, ValueError | ImportError) or type(error).__name__ == "BackendError":
+        return f"{first_line(error)}; SEGRLHF_TRACEBACK=1 shows where that was said", EXIT_USER
+    return (
+        f"unexpected {type(error).__name__}: {first_line(error)}; please report it with what "
+        "SEGRLHF_TRACEBACK=1 shows",
+        EXIT_FAULT,
+    )
+
+
 def _fail(name: str, error: object, status: int) -> int:
-    print(f"{f'segrlhf {name}'.strip()}: {error}", file=sys.stderr)
+    text = " ".join(str(error).split("\n"))
+    print(f"{f'segrlhf {name}'.strip()}: {text}", file=sys.stderr)
     return status
+
+
+def _check_environment() -> None:
+    if asked := os.environ.get("SEGKERNELS_BACKEND"):
+        from segkernels.backend import NAMES
+
+        if asked not in NAMES:
+            raise UserError(
+                f"SEGKERNELS_BACKEND: expected one of {', '.join(NAMES)}, got {asked!r}; unset it "
+                "to choose by device"
+            )
+    for name, limits in ENVIRONMENT.items():
+        text = os.environ.get(name, "")
+        if not text:
+            continue
+        # OpenMP takes a list, a number for each level of nesting.
+        for word in text.split(",") if name.startswith("OMP_") else [text]:
+            number: object = word
+            with suppress(ValueError):
+                number = int(word)
+            if expected := limits.refuses(number, whole=True):
+                raise UserError(
+                    f"{name}: expected {expected} in the environment, got {text!r}; unset it, or "
+                    "let torchrun or accelerate launch set it"
+                )
 
 
 def _usage() -> str:
     lines = ["usage: segrlhf <command> [--config run.yaml] [--preset NAME] [flags]", ""]
     lines += [f"  {name:15} {command.summary}" for name, command in COMMANDS.items()]
-    lines += ["", "segrlhf <command> --help lists the flags of a command."]
+    lines += ["", "segrlhf <command> --help lists the flags of a command.", "", _EXIT_STATUS]
     return "\n".join(lines)
 
 
@@ -114,12 +199,10 @@ def parse(name: str, argv: list[str]) -> tuple[Any, ...]:
     Flags win over the config file, and that wins over the preset. A value that loses takes along
     what was chosen for it (``depends_on`` of ``configs.flag``), which is said on stderr.
     """
-    front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    front.add_argument("--config", help="YAML file of flags; the command line wins over it.")
-    front.add_argument("--preset", help="A published system; the config file wins over it.")
-    chosen, words = front.parse_known_args(argv)
+    with _naming_the_flag():
+        chosen, words = _front().parse_known_args(argv)
 
-    parser = _parser(name, front, show_all="--help_all" in words)
+    parser = command_parser(name, show_all="--help_all" in words)
     if "--help_all" in words:
         words = ["--help"]
     required = [action.dest for action in parser._actions if action.required]
@@ -127,20 +210,40 @@ def parse(name: str, argv: list[str]) -> tuple[Any, ...]:
         action.required = False  # in any one source; all together must have it
 
     values = _given(parser, words)
-    if chosen.config:
-        lower = _listed(parser, _read_yaml(chosen.config), chosen.config)
-        values = _over(parser, values, lower, chosen.config)
-    if chosen.preset:
+    if chosen.config is not None:
+        from .config_file import read_flags
+
+        lower = read_flags(chosen.config)
+        if "config" in lower:
+            raise UserError(
+                f"{chosen.config}: expected flags, got config {lower['config']!r}; a config file "
+                "names no other, name it on the command line"
+            )
+        inner = lower.pop("preset", None)
+        if isinstance(inner, str) and chosen.preset is None:
+            chosen.preset = inner
+        elif inner is not None and not isinstance(inner, str):
+            raise UserError(f"{chosen.config}: expected the name of a preset, got {inner!r}")
+        values = _over(parser, values, _listed(parser, lower, chosen.config), chosen.config)
+    if chosen.preset is not None:
         from .presets import preset
 
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = int(os.environ.get("WORLD_SIZE") or "1")
         lower = _listed(parser, preset(chosen.preset, name, values, world_size), "preset")
         values = _over(parser, values, lower, f"preset {chosen.preset}")
     for flag in dict.fromkeys([*values, *required]):
         value = values.get(flag, Missing("a value", f"pass --{flag}"))
         if isinstance(value, Missing):
             raise UserError(f"{flag}: expected {value.expected}, got none; {value.remedy}")
-    return tuple(parser.parse_dict(values))
+    try:
+        return tuple(parser.parse_dict(values))
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # of TrainingArguments
+        raise UserError(
+            f"flags: expected settings that go together, got this refusal of transformers: "
+            f"{' '.join(str(error).split())}; change or drop one of them"
+        ) from error
 
 
 _ABSENT = object()
@@ -150,29 +253,40 @@ def _given(parser: Any, words: list[str]) -> dict[str, Any]:
     """The values of the flags that stand among ``words``, and of no others."""
     # argparse gives a default only to what is not there yet.
     absent = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
-    namespace, unknown = parser.parse_known_args(words, absent)
-    if unknown:
+    with _naming_the_flag():
+        namespace, unknown = parser.parse_known_args(words, absent)
+    if unknown and unknown[0].startswith("-"):
         raise UserError(f"{unknown[0]}: {_no_flag(unknown[0].lstrip('-'), _names(parser))}")
+    if unknown:
+        raise UserError(
+            f"{unknown[0]}: expected a flag, got this word after a flag that takes no more; quote "
+            "a value that has spaces"
+        )
     return {flag: value for flag, value in vars(namespace).items() if value is not _ABSENT}
 
 
 def _listed(parser: Any, mapping: dict[str, Any], source: str) -> dict[str, Any]:
     """The values of a mapping, read as command-line words, so that one parser checks everything."""
     known = _names(parser)
+    several = {option[2:] for a in parser._actions if a.nargs == "+" for option in a.option_strings}
     words: list[str] = []
     missing: dict[str, Any] = {}
     for key, value in mapping.items():
         flag = str(key).replace("-", "_")
         if flag not in known:
             raise UserError(f"{source}: {_no_flag(flag, known)}")
+        if isinstance(value, list) and flag not in several:
+            raise UserError(
+                f"{source}: {flag}: expected one value, got {len(value)}; write 'flag: value'"
+            )
         if isinstance(value, Missing):
             missing[flag] = value
         elif isinstance(value, dict):
-            words += [f"--{flag}", json.dumps(value)]
+            words.append(f"--{flag}={json.dumps(value)}")
         elif isinstance(value, list):
             words += [f"--{flag}", *map(str, value)]
         elif value is not None:
-            words += [f"--{flag}", str(value)]
+            words.append(f"--{flag}={value}")
     return _given(parser, words) | missing
 
 
@@ -209,6 +323,51 @@ def _no_flag(name: str, known: list[str]) -> str:
     return f"expected a flag of this command, got {name!r}; {hint}"
 
 
+@contextmanager
+def _naming_the_flag() -> Iterator[None]:
+    """argparse's complaints about a flag without value, as UserError."""
+    try:
+        yield
+    except argparse.ArgumentError as error:
+        names = [name.lstrip("-") for name in (error.argument_name or "flags").split("/")]
+        raise UserError(
+            f"{names[0]}: {error.message}, got none or another flag; write --{names[0]}=VALUE for "
+            "a value that begins with a dash"
+        ) from error
+
+
+class _Words(argparse.ArgumentParser):
+    """Reads words, and says in one line which flag got a wrong one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # argparse's own takes -1e-3, -inf and -nan for flags.
+        number = r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|-(inf(inity)?|nan)"
+        self._negative_number_matcher = re.compile(rf"^({number})$", re.IGNORECASE)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"flags: {message}; see --help")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        if not text.strip() or "\0" in text:
+            raise UserError(f"{action.dest}: expected a value, got {text!r}; drop the flag")
+        try:
+            return super()._get_value(action, text)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            kind = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
+            expected = kind.get(getattr(action.type, "__name__", ""), "another value")
+            raise UserError(
+                f"{action.dest}: expected {expected}, got {text!r}; see --help"
+            ) from error
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            words = ", ".join(map(str, action.choices))
+            near = difflib.get_close_matches(str(value), map(str, action.choices), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{action.dest}: expected one of {words}, got {value!r}{hint}")
+
+
 class _Help(argparse.HelpFormatter):
     """One spelling of each flag, and its default where it has one."""
 
@@ -219,6 +378,9 @@ class _Help(argparse.HelpFormatter):
         return (
             f"{option} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
         )
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text  # the table of exit statuses keeps its lines
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kind = getattr(action.type, "__name__", "")
@@ -231,7 +393,16 @@ class _Help(argparse.HelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
-def _parser(name: str, front: argparse.ArgumentParser, show_all: bool) -> Any:
+def _front() -> argparse.ArgumentParser:
+    """Reads what says where further flags are."""
+    front = _Words(add_help=False, allow_abbrev=False, exit_on_error=False)
+    front.add_argument("--config", help="YAML file of flags; the command line wins over it.")
+    front.add_argument("--preset", help="A published system; the config file wins over it.")
+    return front
+
+
+def command_parser(name: str, show_all: bool = True) -> Any:
+    """The parser of a command's flags; its --help has the rare ones too if ``show_all``."""
     try:
         from transformers import HfArgumentParser, TrainingArguments
     except ImportError as error:
@@ -243,13 +414,19 @@ def _parser(name: str, front: argparse.ArgumentParser, show_all: bool) -> Any:
     for config in COMMANDS[name].configs:
         module, _, cls = config.partition(":")
         classes.append(getattr(importlib.import_module(f".{module}", __package__), cls))
-    parser = HfArgumentParser(
+
+    class Parser(_Words, HfArgumentParser):
+        pass
+
+    parser = Parser(
         classes,
-        parents=[front],
+        parents=[_front()],
         prog=f"segrlhf {name}",
         usage=f"segrlhf {name} [--config run.yaml] [--preset NAME] [flags]",
         description=COMMANDS[name].summary,
+        epilog=_EXIT_STATUS,
         allow_abbrev=False,
+        exit_on_error=False,
         formatter_class=_Help,
     )
     training = next((c for c in classes if issubclass(c, TrainingArguments)), None)
@@ -261,22 +438,6 @@ def _parser(name: str, front: argparse.ArgumentParser, show_all: bool) -> Any:
             if action.dest in rare and not show_all:
                 action.help = argparse.SUPPRESS
     return parser
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as handle:
-            values = yaml.safe_load(handle)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"config: expected a readable YAML file, got {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(
-            f"config: expected a mapping of flags in {path}, got {type(values).__name__}; "
-            "write one 'flag: value' a line"
-        )
-    return values
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .data.batch import pad_responses
 from .data.tokenize import tokenizer_key
 from .errors import NonFiniteError, UserError
 from .models.lm_head import token_stats
-from .models.loading import check_vocabulary, load_causal_lm, load_config
+from .models.loading import check_positions, check_vocabulary, load_causal_lm, load_config
 from .runtime import files
 from .runtime.distributed import processes
 
@@ -375,6 +375,7 @@ def entropies(
     Raises NonFiniteError with the response's name when one is NaN or infinite.
     """
     ids, attention, action = pad_responses(prompts, responses, model.device)
+    check_positions(model, ids.shape[1], f"a batch with {names[0]}")
     entropy = token_stats(model, ids, attention, action)[1].float().cpu()
     out = []
     for row, mask, name in zip(entropy, action.cpu(), names, strict=True):

@@ -1,5 +1,11 @@
 """Errors that a person can mend. The command line prints them without a traceback."""
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Bad input. The message says what, what was expected, what came, and the remedy."""
@@ -7,3 +13,35 @@ class UserError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """A loss or reward became NaN or infinite; the message names step, rows and checkpoint."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, of what caused it where it says nothing itself."""
+    if isinstance(error, OSError) and error.strerror:
+        named = f": {error.filename}" if error.filename is not None else ""
+        return f"{error.strerror}{named}"
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines:
+        return lines[0]
+    return first_line(error.__cause__) if error.__cause__ else type(error).__name__
+
+
+@contextmanager
+def reading(what: str, expected: str, name: object, remedy: str) -> Iterator[None]:
+    """Whatever goes wrong while a file or model is read becomes a UserError with its ``name``.
+
+    Libraries raise anything for a damaged file, from KeyError to errors of their own.
+    """
+    try:
+        yield
+    except (UserError, NonFiniteError, MemoryError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{what}: expected {expected}, got {name}, which cannot be read: "
+            f"{first_line(error)}; {remedy}"
+        ) from error

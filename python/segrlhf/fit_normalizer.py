@@ -16,12 +16,13 @@ import torch
 from segkernels import LocationFit, Normalizer, ScalarNormalizer, fit_location
 
 from .charts import normalizer_chart
-from .configs import DataConfig, flag
+from .configs import SEED, DataConfig, Range, flag
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
 from .entropy_cache import SIDES, build_entropy_cache, describe, find_entropy_cache
 from .errors import UserError
 from .models.reward_model import SegmentRewardModel
+from .outputs import check_writable
 from .runtime import files
 from .runtime.distributed import processes, say
 from .score import (
@@ -46,10 +47,14 @@ class FitConfig(RewardModelConfig):
         "Form of the normaliser; auto: scalar for a bandit model, else the log line, "
         "or the table where the line explains less than half of the mean's variation.",
     )
-    max_pairs: int = flag(60_000, "Pairs drawn from the data; all, if it has fewer.")
-    seed: int = flag(0, "Of the draw.")
+    max_pairs: int = flag(
+        60_000, "Pairs drawn from the data; all, if it has fewer.", limits=Range(min=1)
+    )
+    seed: int = flag(0, "Of the draw.", limits=SEED)
     entropy_cache_dir: str | None = flag(
-        None, "Where entropies are kept; default ~/.cache/segrlhf/entropy."
+        None,
+        "Where entropies are kept; default ~/.cache/segrlhf/entropy.",
+        writes="directory",
     )
 
 
@@ -108,8 +113,7 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
             f"reward_model: expected a directory with config.json, where the normaliser is "
             f"written, got {directory}; bring a hub model there with 'hf download NAME --local-dir'"
         )
-    if config.max_pairs < 1:
-        raise UserError(f"max_pairs: expected at least 1, got {config.max_pairs}")
+    check_writable("reward_model", directory, "directory")
     model = load_reward_model(config)
     tokenizer = reward_tokenizer(config, model)
     pairs, data_report = tokenize_pairs(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
+
+from .markup import escape
 
 # Colours by name, for a light and a dark background. series0 to series4 are Okabe and Ito's
 # palette, which colour-blind readers can tell apart, darkened or lightened to stand out. good and

@@ -251,7 +251,9 @@ def _steps_of_a_batch(system: System, given: Mapping[str, Any], world_size: int)
         rows = system.backbone.pairs_per_device
         if BATCH % (rows * world_size):
             rows = 1
-    if rows < 1 or BATCH % (rows * world_size):
+    if rows < 1:
+        return {}  # the flag's own range refuses it
+    if BATCH % (rows * world_size):
         raise UserError(
             f"per_device_train_batch_size: expected a number that, times {world_size} processes, "
             f"divides the published batch of {BATCH} pairs, got {rows}; run another number of "

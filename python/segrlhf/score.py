@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 
 from segkernels import segment_positions, segment_scores
 
-from .configs import DataConfig, ModelConfig, PairConfig, flag
+from .configs import THRESHOLD, DataConfig, ModelConfig, PairConfig, Range, check_flags, flag
 from .data.batch import pad_responses
 from .data.load import load_rows
-from .data.render import Renderer, split_pair
+from .data.render import Renderer, checked_row, split_pair
 from .data.tokenize import cut_to_length
 from .entropy_cache import SIDES, entropies, load_entropy_model
 from .errors import NonFiniteError, UserError
-from .models.loading import check_vocabulary, load_tokenizer
+from .models.loading import check_positions, check_vocabulary, load_tokenizer
 from .models.reward_model import SegmentRewardModel
 from .page import responses_html
 from .reward.run import trained_with
@@ -47,6 +47,7 @@ class RewardModelConfig:
         None,
         "Nats; only for a checkpoint that does not say.",
         depends_on=("reward_model", "granularity"),
+        limits=THRESHOLD,
     )
     entropy_model: str | None = flag(
         None, "Frozen LM; default: the one of the reward model's config.", depends_on=_TRAINED
@@ -57,12 +58,20 @@ class RewardModelConfig:
     chat_template_path: str | None = flag(
         None, "A jinja file, for a tokenizer without chat template.", depends_on=_TRAINED
     )
-    dtype: str = flag("auto", "Weights of the reward model: auto, float32, bfloat16 or float16.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "Weights of the reward model."
+    )
     max_length: int | None = flag(
-        None, "Tokens of prompt and response; default: as in training.", depends_on=_TRAINED
+        None,
+        "Tokens of prompt and response; default: as in training.",
+        depends_on=_TRAINED,
+        limits=Range(min=1),
     )
     max_prompt_length: int | None = flag(
-        None, "Tokens of the prompt; default: as in training.", depends_on=_TRAINED
+        None,
+        "Tokens of the prompt; default: as in training.",
+        depends_on=_TRAINED,
+        limits=Range(min=1),
     )
     truncation_side: Literal["none", "left"] | None = flag(
         None,
@@ -85,7 +94,10 @@ class RewardModelConfig:
         nargs="?",
         const=True,
     )
-    batch_size: int = flag(16, "Responses in one forward.")
+    batch_size: int = flag(16, "Responses in one forward.", limits=Range(min=1))
+
+    def __post_init__(self) -> None:
+        check_flags(self)
 
 
 @dataclass
@@ -93,7 +105,9 @@ class ScoreConfig(RewardModelConfig):
     """Arguments of ``segrlhf score``."""
 
     output: str = flag(
-        "scores.jsonl", "A .jsonl file, or .html for responses coloured by segment reward."
+        "scores.jsonl",
+        "A .jsonl file, or .html for responses coloured by segment reward.",
+        writes="file",
     )
 
 
@@ -172,6 +186,9 @@ def score_responses(
     order = sorted(
         range(len(responses)), key=lambda i: -len(responses[i].prompt_ids) - len(responses[i].ids)
     )
+    if order:
+        longest = responses[order[0]]
+        check_positions(model, len(longest.prompt_ids) + len(longest.ids), longest.name)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches = batches[state.process_index :: state.num_processes]
     found: list[tuple[int, Scored]] = []
@@ -216,23 +233,24 @@ class _Rows:
     skipped: int
 
 
-def _read(rows: Any, tokenizer: Any, options: dict[str, Any]) -> _Rows:
+def _read(rows: Any, name: str, tokenizer: Any, options: dict[str, Any]) -> _Rows:
     columns = set(rows.column_names)
     pairs = {"chosen", "rejected"} <= columns
     if not pairs and not {"prompt", "response"} <= columns:
         raise UserError(
             "dataset: expected the columns prompt and response, or chosen and rejected, got "
-            f"{', '.join(rows.column_names)}; rename the columns"
+            f"{', '.join(rows.column_names)} in {name}; rename the columns"
         )
     lengths = dict(options)
     renderer = Renderer(tokenizer, lengths.pop("strip_system_header"))
     out = _Rows([], [], 0)
     for number, row in enumerate(rows):
+        row = checked_row(row, number)
         if pairs:
             prompt, *texts = split_pair(row)
         else:
             prompt, texts = row["prompt"], [row["response"]]
-        if not all(texts):
+        if prompt is None or not all(texts):
             out.skipped += 1
             continue
         prompt_ids, ids = renderer.pair(prompt, texts)
@@ -246,7 +264,7 @@ def _read(rows: Any, tokenizer: Any, options: dict[str, Any]) -> _Rows:
             out.responses.append(Response(name, cut.prompt, kept, terminated))
             out.notes.append(
                 {
-                    "id": row.get("id", number),
+                    "id": _json_id(row.get("id", number), number),
                     "prompt": renderer.prompt_text(prompt),
                     "label": label,
                 }
@@ -257,6 +275,17 @@ def _read(rows: Any, tokenizer: Any, options: dict[str, Any]) -> _Rows:
             f"or a prompt that is empty or over {options['max_prompt_length']} tokens"
         )
     return out
+
+
+def _json_id(value: Any, row: int) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"id: expected a text or a finite number, which json can write, got {value!r} in row "
+            f"{row}; convert the column id, or drop it"
+        ) from error
+    return value
 
 
 def pieces(tokenizer: Any, ids: list[int], ends: np.ndarray) -> tuple[str, list[tuple[int, int]]]:
@@ -295,7 +324,7 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     split = load_rows(data.dataset_name, data.dataset_train_split, data.dataset_config)
     if data.max_samples is not None:
         split = split.select(range(min(data.max_samples, len(split))))
-    rows = _read(split, tokenizer, tokenization(config))
+    rows = _read(split, data.dataset_name, tokenizer, tokenization(config))
     if model.granularity == "segment":
         name = entropy_model_name(model, config)
         _add_entropies(rows.responses, name, tokenizer, config.batch_size)

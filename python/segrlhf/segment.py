@@ -12,12 +12,11 @@ import torch
 
 from segkernels import segment_ends, segment_offsets
 
-from .configs import DataConfig, ModelConfig, PairConfig, flag
+from .configs import THRESHOLD, DataConfig, ModelConfig, PairConfig, Range, flag
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
 from .entropy_cache import SIDES, EntropyCache, build_entropy_cache
 from .models.loading import load_tokenizer
-from .models.reward_model import check_threshold
 from .runtime.distributed import say
 
 if TYPE_CHECKING:
@@ -29,11 +28,15 @@ class SegmentConfig(PairConfig):
     """Arguments of ``segrlhf segment``."""
 
     thresholds: list[float] = flag(
-        [0.5, 1.0, 1.5, 1.75, 2.0, 2.5, 3.0], "Entropy thresholds to compare, in nats."
+        [0.5, 1.0, 1.5, 1.75, 2.0, 2.5, 3.0],
+        "Entropy thresholds to compare, in nats.",
+        limits=THRESHOLD,
     )
-    entropy_batch_size: int = flag(16, "Responses in one forward.")
+    entropy_batch_size: int = flag(16, "Responses in one forward.", limits=Range(min=1))
     entropy_cache_dir: str | None = flag(
-        None, "Where entropies are kept; default ~/.cache/segrlhf/entropy."
+        None,
+        "Where entropies are kept; default ~/.cache/segrlhf/entropy.",
+        writes="directory",
     )
 
 
@@ -98,7 +101,6 @@ def run(model: ModelConfig, data: DataConfig, config: SegmentConfig) -> dict[str
     Returns ``{"cache": directory, "thresholds": [{threshold, segments_per_response,
     tokens_per_segment}]}`` with means over the training rows.
     """
-    thresholds = [check_threshold(t, "thresholds") for t in config.thresholds]
     tokenizer = load_tokenizer(model)
     caches = {}
     for split in ("train", "eval"):
@@ -118,8 +120,8 @@ def run(model: ModelConfig, data: DataConfig, config: SegmentConfig) -> dict[str
         )
         caches[split] = pairs, cache
     pairs, cache = caches["train"]
-    table = [cut(cache, pairs, threshold) for threshold in thresholds]
-    middle = thresholds[len(thresholds) // 2]
+    table = [cut(cache, pairs, threshold) for threshold in config.thresholds]
+    middle = config.thresholds[len(config.thresholds) // 2]
     say(f"entropies: {cache.directory}\n\n{threshold_table(table)}\n")
     say(f"example at {middle}: {example(cache, pairs, tokenizer, middle)}\n")
     say(

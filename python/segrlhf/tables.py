@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
+
+from .markup import escape
 
 
 def number(value: float | None, digits: int = 3) -> str:

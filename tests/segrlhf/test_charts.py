@@ -130,3 +130,12 @@ def test_rare_positions_do_not_flatten_the_normalizer_picture():
 def test_matplotlib_is_imported_only_to_draw():
     code = "import sys, segrlhf.charts, segrlhf.page; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_characters_that_xml_cannot_hold():
+    strange = "a\x00b\x1b\ufffe" + NASTY
+    labels = dict.fromkeys(("title", "x_label", "y_label"), strange)
+    lines = [charts.Line(strange, [(0.0, 1.0), (1.0, 2.0)])]
+    picture = charts.line_chart(lines, **labels, level=(1.5, strange))
+    assert "a\ufffdb\ufffd" in "".join(ET.fromstring(picture).itertext())

@@ -54,12 +54,47 @@ def test_config_holds_required_flags_lists_and_booleans(config):
         ("learning_rat: 1\n", "got 'learning_rat'; did you mean learning_rate?"),
         ("- a\n", "expected a mapping of flags"),
         ("a: [\n", "expected a readable YAML file"),
+        ("seed: 1\nseed: 2\n", "seed stands there twice"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}\n", "a stands there twice"),
+        ("output_dir: &a x\nentropy_model: *a\n", "line 2 has an alias"),
+        ("seed: [1, 2]\n", "seed: expected one value, got 2"),
+        ("report_to: [[a]]\n", "expected a word at line 1"),
+        ("lr_scheduler_kwargs: !!python/object:os.system {}\n", "could not determine a constr"),
+        ("[" * 5000, "recursion"),
     ],
 )
 def test_a_config_that_is_wrong(config, text, message):
     with pytest.raises(UserError, match=r"run\.yaml|config") as caught:
         cli.parse("reward", ["--config", config(text), *BASE])
     assert message in str(caught.value)
+
+
+def test_a_config_names_a_preset_but_no_config(config):
+    own = cli.parse("reward", ["--config", config("preset: phi3-mini-token\noutput_dir: rm\n")])
+    assert own[2].granularity == "token"
+    path = config("preset: phi3-mini-token\noutput_dir: rm\n")
+    flags = ["--config", path, "--preset", "phi3-mini-bandit"]
+    assert cli.parse("reward", flags)[2].granularity == "bandit"
+    with pytest.raises(UserError, match=r"run\.yaml: expected flags, got config 'other\.yaml'"):
+        cli.parse("reward", ["--config", config("config: other.yaml\n"), *BASE])
+
+
+def test_a_config_is_read_letter_by_letter(config):
+    path = config(
+        "mixed_precision: no\nreward_model: 010\noverlong_reward: -1e-3\nlearning_rate: 1e-3\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 1e-1}\n"
+    )
+    got = cli.parse("ppo", ["--config", path, *BASE])[2]
+    assert (got.mixed_precision, got.reward_model) == ("no", "010")
+    assert (got.overlong_reward, got.learning_rate) == (-1e-3, 1e-3)
+    assert got.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_negative_numbers_with_exponents_are_no_flags():
+    words = ["--reward_model", "rm", "--overlong_reward", "-1e-3"]
+    assert cli.parse("ppo", [*BASE, *words])[2].overlong_reward == -1e-3
+    line = ["--normalizer", "line", "--normalizer_line", "-1e-3", "-.5E1", "-2", "1e1"]
+    assert cli.parse("ppo", [*BASE, *words, *line])[2].normalizer_line == [-1e-3, -5, -2, 10]
 
 
 def test_an_unknown_flag_suggests_and_lora_belongs_to_reward():

@@ -3,7 +3,7 @@
 import re
 import xml.etree.ElementTree as ET
 
-from markup import Strict
+from strict_html import Strict
 
 from segrlhf import page
 
@@ -52,3 +52,13 @@ def test_responses_picture_is_well_formed_xml_on_its_own():
     assert "prefers-color-scheme: dark" in picture
     assert "<script" not in picture
     assert "href" not in picture
+
+
+def test_characters_that_xml_cannot_hold():
+    strange = "a\x00b\x1b\x7f\ufffe\ud800" + NASTY
+    rows = [{**ROWS[0], "prompt": strange, "segments": [(strange, 1.0)], "label": strange}]
+    ET.fromstring(page.responses_svg(rows).encode())
+    html = page.responses_html(rows, strange)
+    assert "<script" not in html
+    assert "a\ufffdb\ufffd" in html
+    html.encode()

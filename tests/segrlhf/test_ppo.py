@@ -587,8 +587,8 @@ def test_normalizer_choices(rm, lm, tmp_path):
     [
         ({"normalizer": "best"}, "normalizer: expected one of auto, none, running, line, scalar"),
         ({"reward_credit": "all"}, "reward_credit: expected one of segments, final, got 'all'"),
-        ({"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
-        ({"total_episodes": 0}, "total_episodes: expected more than 0, got 0"),
+        ({"temperature": 0.0}, "temperature: expected a finite number, above 0, got 0.0"),
+        ({"total_episodes": 0}, "total_episodes: expected a whole number, at least 1 .*, got 0"),
         ({"mini_batch_size": 3}, "mini_batch_size: expected a divisor of rollout_batch_size 8"),
         ({"normalizer": "line"}, "normalizer_line: expected 4 numbers with --normalizer line"),
         ({"normalizer_scalar": [0.0, 1.0]}, "normalizer_scalar: expected 2 numbers with"),
@@ -602,7 +602,7 @@ def test_normalizer_choices(rm, lm, tmp_path):
             {"lr_scheduler_kwargs": {"min_lr": 1e-7}},
             "lr_scheduler_kwargs: expected min_lr_rate, .*, got min_lr 1e-07; give min_lr_rate",
         ),
-        ({"warmup_steps": -1}, "warmup_steps: expected at least 0, got -1"),
+        ({"warmup_steps": -1}, "warmup_steps: expected a finite number, at least 0, got -1"),
     ],
 )
 def test_bad_flags(tmp_path, changes, message):

@@ -162,7 +162,7 @@ def test_non_finite_rewards_name_the_row(make_rm, score, pairs_file, monkeypatch
 def test_bad_input(make_rm, score, pairs_file, prompts_file, write_jsonl, tmp_path):
     rm = make_rm("token")
     with pytest.raises(
-        UserError, match=r"expected the columns prompt and response, .* got prompt;"
+        UserError, match=r"expected the columns prompt and response, .* got prompt in "
     ):
         score(rm, prompts_file)
     with pytest.raises(

@@ -1,7 +1,7 @@
 """Numbers and tables."""
 
 import pytest
-from markup import Strict
+from strict_html import Strict
 
 from segrlhf.tables import Table, number
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import glob
+import gzip
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..configs import DataConfig
-from ..errors import UserError
+from ..errors import UserError, reading
+from ..runtime.distributed import say
 from .render import checked_row, prompt_key
 
 if TYPE_CHECKING:
@@ -15,6 +20,8 @@ if TYPE_CHECKING:
 
 # Suffix of a file, the last ".gz" apart -> builder of `datasets`.
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+# A text that reads NA or null is a text; only an empty cell holds none.
+_CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 
 
 def load_rows(name: str, split: str, config: str | None = None) -> Dataset:
@@ -40,14 +47,10 @@ def load_split(data: DataConfig, split: str) -> Dataset | None:
     Evaluation rows are the split ``dataset_test_split`` where the dataset has it; else the pairs
     of ``eval_size`` of the prompts, drawn by a hash of the prompt so that every process and every
     run holds out the same ones; else None. ``max_samples`` takes the first rows before the
-    hold-out. Raises UserError as ``load_rows`` does, and for an ``eval_size`` outside [0, 1).
+    hold-out. Raises UserError as ``load_rows`` does.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split: expected 'train' or 'eval', got {split!r}")
-    if not 0.0 <= data.eval_size < 1.0:
-        raise UserError(f"eval_size: expected a share in [0, 1), got {data.eval_size}")
-    if data.max_samples is not None and data.max_samples < 1:
-        raise UserError(f"max_samples: expected at least 1, got {data.max_samples}")
     name = data.dataset_name
     splits = _open(name, data.dataset_config)
     train, test = data.dataset_train_split, data.dataset_test_split
@@ -67,51 +70,94 @@ def load_split(data: DataConfig, split: str) -> Dataset | None:
 
 
 def _open(name: str, config: str | None) -> dict[str, Dataset]:
-    """Every split of a dataset."""
+    """Every split of a dataset. What exists under that name is meant, whatever characters are in
+    it; only where nothing is, it is a pattern of files or a hub name."""
+    import datasets
+
+    path = Path(name)
+    remedy = "check the file, or name another"
+    expected = (
+        "a json, jsonl, parquet or csv file in UTF-8, a directory of those, a save_to_disk "
+        "directory or a hub name"
+    )
+    with reading("dataset_name", expected, name, remedy):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"dataset_name: expected {expected}, got {name}, a link to nothing")
+        if path.is_dir():
+            os.listdir(path)  # PermissionError: `datasets` would say that it holds nothing
+            if (path / "dataset_dict.json").is_file():
+                return datasets.load_from_disk(name)
+            if (path / "state.json").is_file():
+                return {"train": datasets.load_from_disk(name)}
+            if config is not None:
+                return datasets.load_dataset(name, config)
+            return _read_directory(path)
+        if path.is_file():
+            return _read_files(name, [path])
+        if path.exists():
+            raise UserError(f"dataset_name: expected a file or directory, got {name}")
+        matched = sorted(Path(each) for each in glob.glob(name)) if glob.has_magic(name) else []
+        if matched:
+            say(f"dataset_name: {name} is a pattern of {', '.join(map(str, matched))}")
+            return _read_files(name, matched)
+        if _format(path) or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise FileNotFoundError(errno.ENOENT, "no such file or directory")  # no hub name
+        return datasets.load_dataset(name, config)
+
+
+def _read_directory(path: Path) -> dict[str, Dataset]:
+    """The splits of a directory, which the names of its files tell."""
+    inside = [each for each in path.rglob("*") if each.is_file() and _format(each)]
+    # `datasets` takes names for patterns.
+    where = {"data_dir": glob.escape(os.path.abspath(path))}
+    return _read(f"directory {path}", inside, where)
+
+
+def _read_files(name: str, paths: list[Path]) -> dict[str, Dataset]:
+    """The rows of files of one format, as the split "train"."""
+    for path in paths:
+        if _format(path) is None:
+            raise UserError(
+                f"dataset_name: expected a file ending in {', '.join(FORMATS)} (or those with "
+                f".gz), got {path}; convert it, one row per line of json"
+            )
+        with reading("dataset_name", "a whole file", path, "copy it again"):
+            if not _holds_bytes(path):
+                raise UserError(f"dataset_name: expected rows, got the empty file {path}")
+    escaped = [glob.escape(os.path.abspath(path)) for path in paths]
+    return _read(name, paths, {"data_files": {"train": escaped}})
+
+
+def _format(path: Path) -> str | None:
+    return FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
+
+
+def _read(name: str, paths: list[Path], where: dict[str, Any]) -> dict[str, Dataset]:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    path = Path(name)
-    try:
-        if path.is_file():
-            builder = FORMATS.get(Path(name.removesuffix(".gz")).suffix)
-            if builder is None:
-                raise UserError(
-                    f"dataset_name: expected a file ending in {', '.join(FORMATS)} (or those with "
-                    f".gz), got {name}; convert it, one row per line of json"
-                )
-            if not _holds_bytes(path):
-                raise UserError(f"dataset_name: expected rows, got the empty file {name}")
-            return datasets.load_dataset(builder, data_files={"train": name})
-        if path.is_dir() and (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(name)
-        if path.is_dir() and (path / "state.json").is_file():
-            return {"train": datasets.load_from_disk(name)}
-        if path.exists() and not path.is_dir():
-            raise UserError(f"dataset_name: expected a file or directory, got {name}")
-        return datasets.load_dataset(name, config)
-    except (DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as error:
-        if isinstance(error, UserError):
-            raise
+    formats = {_format(path) for path in paths}
+    if len(formats) != 1:
         raise UserError(
-            f"dataset_name: expected a json, jsonl, parquet or csv file, a directory of those, a "
-            f"save_to_disk directory or a hub name, got {name}, which cannot be read: "
-            f"{_first_line(error.__cause__ or error)}"
-        ) from error
+            f"dataset_name: expected files of one format ({', '.join(FORMATS)}), got "
+            f"{', '.join(sorted(map(str, formats))) or 'none'} in {name}; name one of them"
+        )
+    builder = str(formats.pop())
+    try:
+        return datasets.load_dataset(builder, **where, **(_CSV if builder == "csv" else {}))
+    except DatasetsError as error:  # says less than what caused it
+        raise error.__cause__ or error from None
 
 
 def _holds_bytes(path: Path) -> bool:
-    import gzip
-
+    """Whether a file has more than white space; a compressed one is read to its end."""
+    holds = False
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as handle:
-        while block := handle.read(1 << 16):
-            if block.strip():
-                return True
-    return False
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        while block := handle.read(1 << 20):
+            holds = holds or bool(block.strip())
+            if holds and path.suffix != ".gz":
+                break
+    return holds
 
 
 def _rows_of(splits: dict[str, Dataset], split: str, name: str) -> Dataset:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ Text = str | list[Message]
 
 def checked_row(row: dict[str, Any], index: int) -> dict[str, Any]:
     """The row with its margin as a number; UserError where a column holds something else."""
-    for name in ("prompt", "chosen", "rejected"):
+    for name in ("prompt", "chosen", "rejected", "response"):
         value = row.get(name)
         if value is None or isinstance(value, str):
             continue
@@ -216,9 +216,15 @@ class Renderer:
 
     def _rendered(self, messages: list[Message], generation: bool = False) -> str:
         clean = [{k: v for k, v in m.items() if v is not None} for m in messages]
-        return self.tokenizer.apply_chat_template(
-            clean, tokenize=False, add_generation_prompt=generation
-        )
+        with reading(
+            "chat template",
+            "one that renders these messages",
+            f"that of {self.tokenizer.name_or_path!r} for roles {[m.get('role') for m in clean]}",
+            "pass --chat_template_path with another, or mend the rows",
+        ):
+            return self.tokenizer.apply_chat_template(
+                clean, tokenize=False, add_generation_prompt=generation
+            )
 
     def _before_turns(self) -> str:
         """What the chat template writes before the first message: what a user's first turn has and

@@ -27,24 +27,21 @@ from transformers.utils import (
 
 from ..configs import AdaptedModelConfig, ModelConfig
 from ..data.render import check_eos
-from ..errors import UserError
+from ..errors import UserError, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+AGAIN = "copy or save the model again, or name another"
 
 
 def load_config(
     name_or_path: str | Path, where: dict[str, Any], trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    try:
+    with reading("model", "a directory with config.json or a hub name", name_or_path, AGAIN):
         config = AutoConfig.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, **where
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model: expected a directory with config.json or a hub name, got {name_or_path}, "
-            f"which cannot be read: {(str(error).strip().splitlines() or [''])[0]}"
-        ) from error
     # What is saved again must not point at code that did not come with it.
     config.__dict__.pop("auto_map", None)
     return config
@@ -67,7 +64,9 @@ def weight_files(name_or_path: str | Path, where: dict[str, Any]) -> dict[str, s
             f"model: expected {SAFE_WEIGHTS_NAME} in {name_or_path}, got none; other weight "
             "formats can run code when they are read, convert them once with save_pretrained"
         )
-    return json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    with reading("model", "an index of safetensors files", index, AGAIN):
+        weights = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weights.items()}
 
 
 def load_whole(
@@ -157,19 +156,20 @@ def load_causal_lm(config: ModelConfig, **kwargs: Any) -> PreTrainedModel:
     Raises UserError for a name that cannot be read, for weights that are not safetensors, and for
     weights that are not exactly this model's: missing ones, those of more layers, another head.
     """
-    where = {"revision": config.model_revision}
+    where: dict[str, Any] = {"revision": config.model_revision}
     load_config(config.model_name_or_path, where, config.trust_remote_code)
     weight_files(config.model_name_or_path, where)
-    return load_whole(
-        AutoModelForCausalLM.from_pretrained,
-        config.model_name_or_path,
-        "model",
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        **where,
-        **kwargs,
-    )
+    with reading("model", "the whole weights of a causal LM", config.model_name_or_path, AGAIN):
+        return load_whole(
+            AutoModelForCausalLM.from_pretrained,
+            config.model_name_or_path,
+            "model",
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            **where,
+            **kwargs,
+        )
 
 
 def load_tokenizer(source: ModelConfig | str | Path) -> PreTrainedTokenizerBase:
@@ -184,33 +184,46 @@ def load_tokenizer(source: ModelConfig | str | Path) -> PreTrainedTokenizerBase:
         source, remedy = ModelConfig(str(source)), "put the files of its tokenizer there"
     name = source.tokenizer_name_or_path or source.model_name_or_path
     revision = "main" if source.tokenizer_name_or_path else source.model_revision
-    try:
+    with reading("tokenizer", "a directory or hub name with tokenizer files", name, remedy):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer: expected a directory or hub name with tokenizer files, got {name}, which "
-            f"cannot be read: {(str(error).strip().splitlines() or [''])[0]}; {remedy}"
-        ) from error
     check_eos(tokenizer)
     if source.chat_template_path is not None:
         path = Path(source.chat_template_path)
         if not path.is_file():
             raise UserError(f"chat_template_path: expected a jinja file, got {path}")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        with reading("chat_template_path", "a jinja file in UTF-8", path, "check the file"):
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
 
 
 def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """UserError where the tokenizer has ids that a model of this config has not."""
     vocab_size = config.get_text_config().vocab_size
-    highest = max(tokenizer.get_vocab().values())
+    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    highest = max([*tokenizer.get_vocab().values(), *ends], default=-1)
     if highest >= vocab_size:
         raise UserError(
             f"tokenizer: expected token ids below {vocab_size}, the vocab_size of "
             f"{config.name_or_path or 'the model'}, got {highest}; pass the tokenizer that the "
             "model was trained with"
+        )
+
+
+def check_positions(model: nn.Module, tokens: int, what: str) -> None:
+    """UserError where ``what`` takes more ``tokens`` than a model that learnt its positions by
+    number has a table for. Rotary positions have no table."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(most, int) or tokens <= most:
+        return
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    if any(most <= table.num_embeddings < most + 8 for table in tables):
+        raise UserError(
+            f"model: expected rows of at most {most} tokens, for which it learnt positions, got "
+            f"{what} of {tokens}; lower --max_length (ppo: --max_prompt_length and "
+            "--response_length)"
         )
 
 

@@ -20,9 +20,9 @@ from transformers.utils import cached_file
 import segkernels
 from segkernels import ScalarNormalizer, normalizer_from_dict
 
-from ..errors import UserError
+from ..errors import UserError, reading
 from .lm_head import positions
-from .loading import check_vocabulary, load_config, load_whole, weight_files
+from .loading import AGAIN, check_vocabulary, load_config, load_whole, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -300,7 +300,10 @@ def _n_labels(name_or_path: str | Path, where: dict[str, Any]) -> int:
     if path := files.get("") or files.get(name):
         if not files.get(""):
             path = cached_file(str(name_or_path), path, **where)
-        with safe_open(path, framework="pt") as weights:
+        with (
+            reading("reward model", "whole safetensors weights", path, "copy the file again"),
+            safe_open(path, framework="pt") as weights,
+        ):
             if name in weights.keys():  # noqa: SIM118 (a file handle, no dict)
                 return weights.get_slice(name).get_shape()[0]
     raise UserError(
@@ -348,6 +351,7 @@ def _load(
             f"model: expected a decoder-only model, got the encoder-decoder {name_or_path}"
         )
     load = super(SegmentRewardModel, _reward_class(config)).from_pretrained  # type: ignore[misc]
-    return load_whole(
-        load, name_or_path, what, new=new, backbone_only=True, config=config, **kwargs
-    )
+    with reading("model", "the whole weights of a decoder", name_or_path, AGAIN):
+        return load_whole(
+            load, name_or_path, what, new=new, backbone_only=True, config=config, **kwargs
+        )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from segkernels import RunningLocationNormalizer
 
 from ..data.tokenize import tokenizer_key
+from ..errors import reading
 from ..models.loading import load_whole
 from ..models.reward_model import SegmentRewardModel
 from ..runtime import files
@@ -113,6 +114,17 @@ def read_checkpoint(
     """
     changed = identity.check(path)
     require_files(path, ["state.json", "optimizer.safetensors"])
+    with reading("resume_from_checkpoint", "a whole checkpoint", path, "resume from an older one"):
+        saved = _load(path, module, optimizer, normalizer)
+    # Where it is adaptive beta goes on from where it was, unless another start is asked for.
+    kl_coef = identity.free["kl_coef"] if "kl_coef" in changed else saved["kl_coef"]
+    return TrainingState(kl_coef, saved["global_step"], saved["history"]), changed
+
+
+def _load(
+    path: Path, module: PolicyAndValue, optimizer: torch.optim.Optimizer, normalizer: Any
+) -> dict[str, Any]:
+    """Weights, Adam's moments and the normaliser, in place; what else state.json holds."""
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
     load_policy = type(module.policy).from_pretrained
     policy = load_whole(load_policy, path / "policy", "checkpoint", dtype=torch.float32)
@@ -127,9 +139,7 @@ def read_checkpoint(
         optimizer.state[parameter][part] = tensor.to(device)
     if saved["normalizer"] is not None:
         normalizer.load_state_dict(saved["normalizer"])
-    # Where it is adaptive beta goes on from where it was, unless another start is asked for.
-    kl_coef = identity.free["kl_coef"] if "kl_coef" in changed else saved["kl_coef"]
-    return TrainingState(kl_coef, saved["global_step"], saved["history"]), changed
+    return saved
 
 
 def drop_old_checkpoints(output_dir: str | Path, limit: int | None) -> None:

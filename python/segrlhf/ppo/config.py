@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 
-from ..configs import flag
+from segkernels import LocationNormalizer, ScalarNormalizer
+
+from ..configs import SEED, THRESHOLD, Range, check_flags, flag
 from ..errors import UserError
 
 # What a normaliser's numbers were fitted to.
@@ -19,19 +20,22 @@ _REWARDS = ("reward_model", "reward_granularity", "reward_threshold")
 class PPOConfig:
     """Flags of ``segrlhf ppo``. Batch sizes count rows over all processes, unless they say not."""
 
-    output_dir: str = flag(..., "Where policy, checkpoints and metrics.jsonl go.")
+    output_dir: str = flag(
+        ..., "Where policy, checkpoints and metrics.jsonl go.", writes="directory"
+    )
     reward_model: str = flag(
         ..., "Reward model: a directory or a hub name.", depends_on=("reward_granularity",)
     )
 
     # reward
-    reward_granularity: str | None = flag(
+    reward_granularity: Literal["segment", "token", "bandit"] | None = flag(
         None, "segment, token or bandit; default: what the reward model's config says."
     )
     reward_threshold: float | None = flag(
         None,
         "Entropy (nats) over which a segment starts; default: the reward model's own.",
         depends_on=("reward_model", "reward_granularity"),
+        limits=THRESHOLD,
     )
     normalizer: Literal["auto", "none", "running", "line", "scalar"] = flag(
         "auto",
@@ -43,9 +47,10 @@ class PPOConfig:
         None,
         "w_m b_m w_s b_s: mean(p) = w_m ln p + b_m, std(p) = w_s ln p + b_s.",
         depends_on=("normalizer",),
+        limits=Range(),
     )
     normalizer_scalar: list[float] | None = flag(
-        None, "Mean and std of --normalizer scalar.", depends_on=("normalizer",)
+        None, "Mean and std of --normalizer scalar.", depends_on=("normalizer",), limits=Range()
     )
     reward_credit: Literal["segments", "final"] = flag(
         "segments",
@@ -61,37 +66,57 @@ class PPOConfig:
         "form; weakens the KL penalty by the number of segments). token-mean: to their sum over "
         "the number of the response's tokens (the authors' length norm).",
     )
-    reward_clip: float = flag(10.0, "Token rewards are clipped to plus and minus this.")
+    reward_clip: float = flag(
+        10.0,
+        "Token rewards are clipped to plus and minus this.",
+        limits=Range(above=0, infinite=True),
+    )
     missing_eos_penalty: float | None = flag(
-        None, "Taken off the last token's reward of a response without EOS."
+        None, "Taken off the last token's reward of a response without EOS.", limits=Range(min=0)
     )
     overlong_tokens: int | None = flag(
-        None, "A response of more tokens, or without EOS, earns --overlong_reward instead."
+        None,
+        "A response of more tokens, or without EOS, earns --overlong_reward instead.",
+        limits=Range(min=1),
     )
-    overlong_reward: float = flag(-0.05, "Reward on every token of an overlong response.")
+    overlong_reward: float = flag(
+        -0.05, "Reward on every token of an overlong response.", limits=Range()
+    )
 
     # rollouts
     total_episodes: int | None = flag(
-        None, "Responses to sample in all; default: num_episodes times the prompts."
+        None,
+        "Responses to sample in all; default: num_episodes times the prompts.",
+        limits=Range(min=1),
     )
-    num_episodes: float = flag(1.0, "Passes over the prompts.")
-    rollout_batch_size: int = flag(128, "Responses sampled an update.")
-    generation_batch_size: int = flag(64, "Rows that one process generates at a time.")
-    response_length: int = flag(256, "Most tokens of a response.")
+    num_episodes: float = flag(
+        1.0, "Passes over the prompts.", limits=Range(above=0, max=1_000_000)
+    )
+    rollout_batch_size: int = flag(128, "Responses sampled an update.", limits=Range(min=1))
+    generation_batch_size: int = flag(
+        64, "Rows that one process generates at a time.", limits=Range(min=1)
+    )
+    response_length: int = flag(256, "Most tokens of a response.", limits=Range(min=1))
     max_prompt_length: int = flag(
-        512, "Prompts of more tokens are dropped and counted; see --truncation_side."
+        512,
+        "Prompts of more tokens are dropped and counted; see --truncation_side.",
+        limits=Range(min=1),
     )
     truncation_side: Literal["none", "left"] = flag(
         "none", "left: a prompt of more than max_prompt_length tokens keeps its last ones."
     )
-    temperature: float = flag(1.0, "Sampling temperature; log-probabilities are taken at it too.")
+    temperature: float = flag(
+        1.0, "Sampling temperature; log-probabilities are taken at it too.", limits=Range(above=0)
+    )
 
     # optimisation
-    num_ppo_epochs: int = flag(1, "Passes over each batch of rollouts.")
-    mini_batch_size: int = flag(64, "Rows of one optimizer step.")
-    per_device_train_batch_size: int = flag(8, "Rows of one forward pass of one process.")
-    learning_rate: float = flag(5e-7, "Policy's learning rate.")
-    value_learning_rate: float = flag(9e-6, "Value model's learning rate.")
+    num_ppo_epochs: int = flag(1, "Passes over each batch of rollouts.", limits=Range(min=1))
+    mini_batch_size: int = flag(64, "Rows of one optimizer step.", limits=Range(min=1))
+    per_device_train_batch_size: int = flag(
+        8, "Rows of one forward pass of one process.", limits=Range(min=1)
+    )
+    learning_rate: float = flag(5e-7, "Policy's learning rate.", limits=Range(min=0))
+    value_learning_rate: float = flag(9e-6, "Value model's learning rate.", limits=Range(min=0))
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -109,13 +134,19 @@ class PPOConfig:
         depends_on=("lr_scheduler_type",),
     )
     warmup_steps: float = flag(
-        0.0, "Updates in which the learning rates rise; below 1: their share of all updates."
+        0.0,
+        "Updates in which the learning rates rise; below 1: their share of all updates.",
+        limits=Range(min=0),
     )
-    adam_beta1: float = flag(0.9, "AdamW's first beta.")
-    adam_beta2: float = flag(0.999, "AdamW's second beta.")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
-    weight_decay: float = flag(0.0, "AdamW's weight decay.")
-    max_grad_norm: float = flag(1.0, "Gradient norm limit, of policy and value model each.")
+    adam_beta1: float = flag(0.9, "AdamW's first beta.", limits=Range(min=0, below=1))
+    adam_beta2: float = flag(0.999, "AdamW's second beta.", limits=Range(min=0, below=1))
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", limits=Range(above=0))
+    weight_decay: float = flag(0.0, "AdamW's weight decay.", limits=Range(min=0))
+    max_grad_norm: float = flag(
+        1.0,
+        "Gradient norm limit, of policy and value model each.",
+        limits=Range(above=0, infinite=True),
+    )
     gradient_checkpointing: bool = flag(
         False, "Recompute activations to save memory.", aliases=["--activation_checkpointing"]
     )
@@ -125,15 +156,27 @@ class PPOConfig:
     use_cpu: bool = flag(False, "Run on CPUs though there is a GPU.")
 
     # PPO
-    kl_coef: float = flag(0.05, "beta: weight of the KL penalty in the reward.")
-    kl_target: float | None = flag(
-        None, "Nats a response that an adaptive beta steers to; default: beta stays fixed."
+    kl_coef: float = flag(
+        0.05, "beta: weight of the KL penalty in the reward.", limits=Range(min=0)
     )
-    kl_horizon: int = flag(10_000, "Episodes over which the adaptive beta moves.")
-    gamma: float = flag(1.0, "Discount.")
-    lam: float = flag(0.95, "Lambda of generalised advantage estimation.")
-    cliprange: float = flag(0.2, "Clip range of the probability ratio.")
-    cliprange_value: float = flag(0.2, "Clip range of the values.")
+    kl_target: float | None = flag(
+        None,
+        "Nats a response that an adaptive beta steers to; default: beta stays fixed.",
+        limits=Range(above=0),
+    )
+    kl_horizon: int = flag(
+        10_000, "Episodes over which the adaptive beta moves.", limits=Range(min=1)
+    )
+    gamma: float = flag(1.0, "Discount.", limits=Range(min=0, max=1))
+    lam: float = flag(
+        0.95, "Lambda of generalised advantage estimation.", limits=Range(min=0, max=1)
+    )
+    cliprange: float = flag(
+        0.2, "Clip range of the probability ratio.", limits=Range(above=0, infinite=True)
+    )
+    cliprange_value: float = flag(
+        0.2, "Clip range of the values.", limits=Range(above=0, infinite=True)
+    )
     whiten_advantages: bool = flag(True, "Advantages get mean 0 and variance 1 over the rollouts.")
     loss_aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = flag(
         "token-mean", "token-mean, seq-mean-token-mean or seq-mean-token-sum."
@@ -148,11 +191,17 @@ class PPOConfig:
     )
 
     # running
-    seed: int = flag(0, "Fixes prompt order and sampling.")
-    logging_steps: int = flag(1, "Updates between lines of metrics.jsonl.")
-    eval_steps: int | None = flag(None, "Updates between evaluations; default: none.")
-    save_steps: int | None = flag(50, "Updates between checkpoints; 0: only when interrupted.")
-    save_total_limit: int | None = flag(None, "Keep this many of the newest checkpoints.")
+    seed: int = flag(0, "Fixes prompt order and sampling.", limits=SEED)
+    logging_steps: int = flag(1, "Updates between lines of metrics.jsonl.", limits=Range(min=1))
+    eval_steps: int | None = flag(
+        None, "Updates between evaluations; default: none.", limits=Range(min=1)
+    )
+    save_steps: int | None = flag(
+        50, "Updates between checkpoints; 0: only when interrupted.", limits=Range(min=0)
+    )
+    save_total_limit: int | None = flag(
+        None, "Keep this many of the newest checkpoints.", limits=Range(min=1)
+    )
     report_to: list[str] = flag(
         ["none"], "Trackers of accelerate: tensorboard, wandb, ... or none."
     )
@@ -164,19 +213,13 @@ class PPOConfig:
         if not torch.accelerator.is_available():
             # Else the processes of torchrun would each train alone, into the same directory.
             self.use_cpu = True
-        for name, hint in get_type_hints(PPOConfig).items():
-            allowed, got = get_args(hint), getattr(self, name)
-            if get_origin(hint) is Literal and got not in allowed:
-                raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {got!r}")
-        self._check_schedule()
-        for name in (
-            "rollout_batch_size", "generation_batch_size", "response_length", "num_ppo_epochs",
-            "mini_batch_size", "per_device_train_batch_size", "temperature", "max_grad_norm",
-            "reward_clip", "logging_steps", "num_episodes", "kl_horizon", "total_episodes",
-            "kl_target", "overlong_tokens", "eval_steps", "save_total_limit",
-        ):  # fmt: skip
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        check_flags(self)
+        given = self.lr_scheduler_kwargs
+        if isinstance(given, dict) and "min_lr" in given:
+            raise UserError(
+                f"lr_scheduler_kwargs: expected min_lr_rate, a share of both learning rates, got "
+                f"min_lr {given['min_lr']}; give min_lr_rate instead"
+            )
         if self.rollout_batch_size % self.mini_batch_size:
             raise UserError(
                 f"mini_batch_size: expected a divisor of rollout_batch_size "
@@ -189,27 +232,18 @@ class PPOConfig:
                     f"{name}: expected {n} numbers with --normalizer {kind} and none without, "
                     f"got {given} with --normalizer {self.normalizer}"
                 )
+        self.given_normalizer()
 
-    def _check_schedule(self) -> None:
-        given = self.lr_scheduler_kwargs
-        if isinstance(given, str):
-            try:
-                given = json.loads(given)
-            except ValueError:
-                given = None
-            if not isinstance(given, dict):
-                raise UserError(
-                    'lr_scheduler_kwargs: expected a json object like {"min_lr_rate": 0.1}, got '
-                    f"{self.lr_scheduler_kwargs}"
-                )
-            self.lr_scheduler_kwargs = given
-        if given and "min_lr" in given:
-            raise UserError(
-                f"lr_scheduler_kwargs: expected min_lr_rate, a share of both learning rates, got "
-                f"min_lr {given['min_lr']}; give min_lr_rate instead"
-            )
-        if not self.warmup_steps >= 0:
-            raise UserError(f"warmup_steps: expected at least 0, got {self.warmup_steps}")
+    def given_normalizer(self) -> LocationNormalizer | ScalarNormalizer | None:
+        """The normaliser whose numbers are flags; UserError for a std that is not positive."""
+        try:
+            if self.normalizer == "line":
+                return LocationNormalizer(*(self.normalizer_line or ()))
+            if self.normalizer == "scalar":
+                return ScalarNormalizer(*(self.normalizer_scalar or ()))
+        except ValueError as error:
+            raise UserError(f"normalizer_{self.normalizer}: {error}") from error
+        return None
 
     @property
     def resumes(self) -> bool:

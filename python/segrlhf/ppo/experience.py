@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from segkernels import (
-    LocationNormalizer,
     RunningLocationNormalizer,
-    ScalarNormalizer,
     scatter_segment_rewards,
     segment_advantages,
     whiten,
@@ -152,8 +150,6 @@ def build_normalizer(config: PPOConfig, reward_model: Any) -> Any:
                 "--dataset_name <its training pairs>, or choose --normalizer running or none"
             )
         return reward_model.normalizer
-    if config.normalizer == "line":
-        return LocationNormalizer(*(config.normalizer_line or ()))
-    if config.normalizer == "scalar":
-        return ScalarNormalizer(*(config.normalizer_scalar or ()))
-    return RunningLocationNormalizer() if config.normalizer == "running" else None
+    if config.normalizer == "running":
+        return RunningLocationNormalizer()
+    return config.given_normalizer()

@@ -12,7 +12,13 @@ from tqdm.auto import tqdm
 from ..configs import DataConfig, ModelConfig
 from ..data.load import load_split
 from ..data.tokenize import tokenize_prompts
-from ..models.loading import check_same_tokenizer, load_causal_lm, load_tokenizer
+from ..models.loading import (
+    check_positions,
+    check_same_tokenizer,
+    check_vocabulary,
+    load_causal_lm,
+    load_tokenizer,
+)
 from ..models.reward_model import SegmentRewardModel
 from ..runtime.checkpoints import claim_output_dir
 from .config import PPOConfig
@@ -58,8 +64,13 @@ def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, An
             say(f"segments: by the entropy of {named}, which is not the reference policy")
             check_same_tokenizer(tokenizer, load_tokenizer(named))
             entropy_model = load_causal_lm(dataclasses.replace(model, model_name_or_path=named))
+    policy = load_causal_lm(dataclasses.replace(model, dtype="float32"))
+    check_vocabulary(policy.config, tokenizer)
+    longest = max(len(ids) for rows in prompts.values() if rows for ids in rows["prompt_ids"])
+    for trained in (policy, reward_model):
+        check_positions(trained, longest + config.response_length, "prompt and response")
     trainer = PPOTrainer(
-        load_causal_lm(dataclasses.replace(model, dtype="float32")),
+        policy,
         reward_model,
         tokenizer,
         prompts["train"],

@@ -7,10 +7,43 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
-from ..configs import PairConfig, flag
-from ..errors import UserError
+from ..configs import SEED, THRESHOLD, PairConfig, Range, check_flags, flag
+from ..errors import UserError, first_line
 from ..models.reward_model import check_threshold
+
+_COUNT, _SHARE, _NOT_NEGATIVE = Range(min=1), Range(min=0, below=1), Range(min=0)
+
+# Of TrainingArguments' numbers that are not declared anew below.
+TRAINING_LIMITS = {
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": Range(above=0),
+    "data_seed": SEED,
+    "dataloader_num_workers": _NOT_NEGATIVE,
+    "dataloader_prefetch_factor": _COUNT,
+    "ddp_bucket_cap_mb": _COUNT,
+    "ddp_timeout": _COUNT,
+    "eval_accumulation_steps": _COUNT,
+    "eval_delay": _NOT_NEGATIVE,
+    "eval_steps": Range(above=0),
+    "gradient_accumulation_steps": _COUNT,
+    "label_smoothing_factor": Range(min=0, max=1),
+    "learning_rate": _NOT_NEGATIVE,
+    "local_rank": Range(min=-1),
+    "max_grad_norm": Range(min=0, infinite=True),  # 0 and inf: none
+    "max_steps": Range(min=-1),  # 0 and -1: by num_train_epochs
+    "neftune_noise_alpha": _NOT_NEGATIVE,
+    "per_device_eval_batch_size": _COUNT,
+    "per_device_train_batch_size": _COUNT,
+    "save_steps": Range(above=0),
+    "save_total_limit": _COUNT,
+    "seed": SEED,
+    "torch_empty_cache_steps": _COUNT,
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+}
 
 
 @dataclass
@@ -20,27 +53,35 @@ class RewardConfig(PairConfig, TrainingArguments):
     ``label_smoothing_factor`` is the label smoothing of the Bradley-Terry loss.
     """
 
+    output_dir: str = flag(..., "Where the reward model and checkpoints go.", writes="directory")
     granularity: Literal["segment", "token", "bandit"] = flag("segment", "What gets one reward.")
     entropy_threshold: float | None = flag(
         None,
         "Segments only: a token whose entropy exceeds this many nats starts a segment.",
         depends_on=("granularity",),
+        limits=THRESHOLD,
     )
     entropy_model: str | None = flag(
         None, "Frozen LM that gives the entropies; default: the model itself."
     )
     center_rewards_coefficient: float | None = flag(
-        None, "Weight of mean[(score_chosen + score_rejected)^2]."
+        None, "Weight of mean[(score_chosen + score_rejected)^2].", limits=Range(min=0)
     )
     score_reduction: Literal["mean", "sum"] = flag(
         "mean", "How segment rewards make the score of a response."
     )
     entropy_cache_dir: str | None = flag(
-        None, "Where entropies are kept; default ~/.cache/segrlhf/entropy."
+        None,
+        "Where entropies are kept; default ~/.cache/segrlhf/entropy.",
+        writes="directory",
     )
-    entropy_batch_size: int = flag(16, "Responses in one forward of the entropy model.")
-    num_train_epochs: float = flag(1.0, "Passes over the pairs.")
-    logging_steps: float = flag(10, "Steps between two logs.")
+    entropy_batch_size: int = flag(
+        16, "Responses in one forward of the entropy model.", limits=Range(min=1)
+    )
+    num_train_epochs: float = flag(
+        1.0, "Passes over the pairs.", limits=Range(above=0, max=1_000_000)
+    )
+    logging_steps: float = flag(10, "Steps between two logs.", limits=Range(above=0))
     lr_scheduler_kwargs: dict[str, Any] | str | None = flag(
         None,
         'More settings of the schedule as json, e.g. {"min_lr_rate": 0.1}.',
@@ -81,15 +122,15 @@ class RewardConfig(PairConfig, TrainingArguments):
             given = getattr(self, f"gradient_{what}") if given is None else given
             setattr(self, f"activation_{what}", given)
             setattr(self, f"gradient_{what}", given)
-        super().__post_init__()
-        for name, allowed in (
-            ("granularity", ("segment", "token", "bandit")),
-            ("score_reduction", ("mean", "sum")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+        check_flags(self, TRAINING_LIMITS)
+        TrainingArguments.__post_init__(self)
+        try:
+            get_reporting_integration_callbacks(self.report_to)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(
+                f"report_to: expected none or trackers that transformers knows, got "
+                f"{', '.join(self.report_to)}: {first_line(error)}"
+            ) from error
         if self.granularity == "segment":
             check_threshold(self.entropy_threshold)
         elif self.entropy_threshold is not None:

@@ -15,8 +15,8 @@ from ..configs import AdaptedModelConfig, DataConfig, PairConfig
 from ..data.load import load_split
 from ..data.tokenize import tokenize_pairs, tokenizer_key
 from ..entropy_cache import Pairs, build_entropy_cache, model_fingerprint, pairs_digest
-from ..errors import UserError
-from ..models.loading import apply_lora, load_tokenizer
+from ..errors import UserError, reading
+from ..models.loading import apply_lora, check_positions, load_tokenizer
 from ..models.reward_model import SegmentRewardModel
 from ..runtime.checkpoints import claim_output_dir, resolve_resume
 from ..runtime.distributed import say
@@ -84,6 +84,12 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
     )
+    for split, rows in pairs.items():
+        longest = max(
+            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            for row in rows
+        )
+        check_positions(reward_model, longest, f"a {split} row")
     if model.use_peft:
         reward_model = apply_lora(reward_model, model, "SEQ_CLS")
     identity: list[Any] = [None]
@@ -162,4 +168,14 @@ def trained_with(reward_model: str | Path) -> dict[str, Any]:
     """How a reward model's data was tokenized and scored; the defaults of ``reward`` if unknown."""
     known = {**PairConfig().tokenization, "score_reduction": "mean"}
     path = Path(reward_model) / RUN_FILE
-    return {**known, **json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else known
+    if not path.is_file():
+        return known
+    with reading("reward_model", "the settings of its training", path, "copy the file again"):
+        found = {**known, **json.loads(path.read_text(encoding="utf-8"))}
+        try:
+            PairConfig(**{name: found[name] for name in PairConfig().tokenization})
+        except UserError as error:  # names a flag that nobody gave
+            raise ValueError(str(error)) from error
+        if found["score_reduction"] not in ("mean", "sum"):
+            raise ValueError(f"score_reduction is {found['score_reduction']!r}")
+    return found
