@@ -440,7 +440,7 @@ def test_checkpoint_of_another_model(resume, tiny_lm_dir, tmp_path):
 def test_what_may_be_changed_is_used(resume, capsys):
     result = resume(max_steps=6, logging_steps=2)
     assert [log["step"] for log in result["history"] if "loss" in log] == [1, 2, 3, 4, 6]
-    assert "logging_steps 1 (now 2), max_steps 4 (now 6)" in capsys.readouterr().out
+    assert "logging_steps 1.0 (now 2), max_steps 4 (now 6)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
