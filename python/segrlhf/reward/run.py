@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..configs import AdaptedModelConfig, DataConfig, PairConfig
 from ..data.load import load_split
-from ..data.tokenize import tokenize_pairs
+from ..data.tokenize import longest_pair, tokenize_pairs
 from ..entropy_cache import Pairs, build_entropy_cache
 from ..errors import UserError, reading
 from ..models.loading import apply_lora, check_positions, load_tokenizer
@@ -82,11 +82,7 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
         trust_remote_code=model.trust_remote_code,
     )
     for split, rows in pairs.items():
-        longest = max(
-            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-            for row in rows
-        )
-        check_positions(reward_model, longest, f"a {split} row")
+        check_positions(reward_model, longest_pair(rows), f"a {split} row")
     if model.use_peft:
         reward_model = apply_lora(reward_model, model, "SEQ_CLS")
     trainer = SegmentRewardTrainer(
