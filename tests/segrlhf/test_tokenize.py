@@ -8,7 +8,7 @@ from segrlhf.configs import DataConfig
 from segrlhf.data.batch import PairCollator
 from segrlhf.data.load import load_rows, load_split
 from segrlhf.data.render import Renderer, split_pair
-from segrlhf.data.tokenize import tokenize_pairs, tokenize_prompts, tokenizer_key
+from segrlhf.data.tokenize import longest_pair, tokenize_pairs, tokenize_prompts, tokenizer_key
 from segrlhf.errors import UserError
 
 LIMITS = {"max_length": 64, "max_prompt_length": 32}
@@ -342,3 +342,11 @@ def test_real_pairs(real_data, tokenizer):
     assert report.prompt_too_long > 0
     batch = PairCollator(PAD)(list(pairs.select(range(8))))
     assert batch["action_mask"].any(-1).all()
+
+
+def test_the_longest_pair(pairs):
+    lengths = [
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for row in pairs
+    ]
+    assert longest_pair(pairs) == max(lengths)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ..errors import UserError
 from . import render
 from .render import Renderer, Text, checked_row, split_pair
@@ -189,6 +191,18 @@ def tokenize_pairs(
     for name in counted:
         setattr(report, name, sum(kept[name][:]))
     return kept.remove_columns(counted), report
+
+
+def longest_pair(pairs: Dataset) -> int:
+    """Tokens of the longest prompt and response of ``tokenize_pairs``."""
+    names = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    longest = 0
+    for table in pairs.select_columns(names).with_format("arrow").iter(batch_size=10_000):
+        prompt, chosen, rejected = (
+            table[name].combine_chunks().value_lengths().to_numpy() for name in names
+        )
+        longest = max(longest, int((prompt + np.maximum(chosen, rejected)).max()))
+    return longest
 
 
 def tokenize_prompts(

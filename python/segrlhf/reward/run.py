@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..configs import AdaptedModelConfig, DataConfig, PairConfig
 from ..data.load import load_split
-from ..data.tokenize import tokenize_pairs, tokenizer_key
+from ..data.tokenize import longest_pair, tokenize_pairs, tokenizer_key
 from ..entropy_cache import Pairs, build_entropy_cache, model_fingerprint, pairs_digest
 from ..errors import UserError, reading
 from ..models.loading import apply_lora, check_positions, load_tokenizer
@@ -85,11 +85,7 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
         trust_remote_code=model.trust_remote_code,
     )
     for split, rows in pairs.items():
-        longest = max(
-            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-            for row in rows
-        )
-        check_positions(reward_model, longest, f"a {split} row")
+        check_positions(reward_model, longest_pair(rows), f"a {split} row")
     if model.use_peft:
         reward_model = apply_lora(reward_model, model, "SEQ_CLS")
     identity: list[Any] = [None]
