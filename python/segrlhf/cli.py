@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import importlib
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .configs import Flag, Missing
-from .errors import NonFiniteError, UserError
+from .errors import DiskFullError, NonFiniteError, UserError
+from .runtime.checkpoints import is_disk_full
+from .runtime.interrupt import Interrupt
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ COMMANDS = {
     ),
 }
 
-EXIT_USER, EXIT_NON_FINITE, EXIT_DISK, EXIT_INTERRUPTED = 2, 3, 4, 130
+EXIT_USER, EXIT_NON_FINITE, EXIT_DISK = 2, 3, 4
+EXIT_SIGNAL = 128  # and the signal's number, as shells count
 
 # Of transformers.TrainingArguments' flags, the ones that --help shows; --help_all shows all.
 COMMON_TRAINING_FLAGS = {
@@ -64,8 +67,16 @@ COMMON_TRAINING_FLAGS = {
 }  # fmt: skip
 
 
+_EXIT_STATUS = """exit status:
+  0    done
+  2    the input is wrong
+  3    a number was NaN or infinite
+  4    the disk is full
+  129, 130, 143    stopped by SIGHUP, by SIGINT (Ctrl-C), by SIGTERM: 128 and the signal's number"""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; exit status 0, or 2 bad input, 3 non-finite, 4 disk full, 130 Ctrl-C."""
+    """Runs a command; its exit status, see ``_EXIT_STATUS``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -81,18 +92,23 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         return _fail("", f"expected one of {', '.join(COMMANDS)}, got {name!r}{hint}", EXIT_USER)
     try:
-        configs = parse(name, rest)
-        importlib.import_module(f".{COMMANDS[name].module}", __package__).run(*configs)
+        with Interrupt():
+            configs = parse(name, rest)
+            importlib.import_module(f".{COMMANDS[name].module}", __package__).run(*configs)
     except UserError as error:
         return _fail(name, error, EXIT_USER)
     except NonFiniteError as error:
         return _fail(name, error, EXIT_NON_FINITE)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _fail(name, f"{error}; what was there before is intact, free some space", EXIT_DISK)
     except KeyboardInterrupt as stop:
-        return _fail(name, f"interrupted; {stop}" if str(stop) else "interrupted", EXIT_INTERRUPTED)
+        text = f"interrupted; {stop}" if str(stop) else "interrupted"
+        return _fail(name, text, EXIT_SIGNAL + getattr(stop, "signal", signal.SIGINT))
+    except DiskFullError as error:
+        return _fail(name, error, EXIT_DISK)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        text = f"disk full: {error}; what was there before is intact, free some space"
+        return _fail(name, text, EXIT_DISK)
     return 0
 
 
@@ -104,7 +120,7 @@ def _fail(name: str, error: object, status: int) -> int:
 def _usage() -> str:
     lines = ["usage: segrlhf <command> [--config run.yaml] [--preset NAME] [flags]", ""]
     lines += [f"  {name:15} {command.summary}" for name, command in COMMANDS.items()]
-    lines += ["", "segrlhf <command> --help lists the flags of a command."]
+    lines += ["", "segrlhf <command> --help lists the flags of a command.", "", _EXIT_STATUS]
     return "\n".join(lines)
 
 

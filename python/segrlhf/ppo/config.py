@@ -210,7 +210,3 @@ class PPOConfig:
             )
         if not self.warmup_steps >= 0:
             raise UserError(f"warmup_steps: expected at least 0, got {self.warmup_steps}")
-
-    @property
-    def resumes(self) -> bool:
-        return str(self.resume_from_checkpoint).lower() not in ("", "none", "false", "no")

@@ -41,6 +41,9 @@ class RewardConfig(PairConfig, TrainingArguments):
     entropy_batch_size: int = flag(16, "Responses in one forward of the entropy model.")
     num_train_epochs: float = flag(1.0, "Passes over the pairs.")
     logging_steps: float = flag(10, "Steps between two logs.")
+    logging_nan_inf_filter: bool = flag(
+        False, "Leave false: NaN stops the run, and looking for it waits for the device."
+    )
     lr_scheduler_kwargs: dict[str, Any] | str | None = flag(
         None,
         'More settings of the schedule as json, e.g. {"min_lr_rate": 0.1}.',
@@ -101,6 +104,11 @@ class RewardConfig(PairConfig, TrainingArguments):
             raise UserError(
                 "remove_unused_columns: expected false, got true; the columns of a pair are no "
                 "arguments of the model's forward"
+            )
+        if self.enable_jit_checkpoint:
+            raise UserError(
+                "enable_jit_checkpoint: expected false, got true; SIGTERM saves a checkpoint here "
+                "without it"
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise UserError(
