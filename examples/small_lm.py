@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from segrlhf.data.load import load_rows
 from segrlhf.runtime import files
-from segrlhf.runtime.checkpoints import claim_output_dir
+from segrlhf.runtime.checkpoints import check_output_dir
 
 PIECE = 1000  # characters of one training text
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    claim_output_dir(args.output_dir, resume=False)
+    check_output_dir(args.output_dir, resume=False)
 
     tokenizer = gpt2_tokenizer(args.vocab, args.merges)
     pieces = []

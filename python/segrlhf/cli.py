@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import importlib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +16,9 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from .configs import Flag, Missing, Range
-from .errors import NonFiniteError, UserError, first_line
+from .errors import DiskFullError, NonFiniteError, UserError, first_line
+from .runtime.checkpoints import is_disk_full
+from .runtime.interrupt import Interrupt
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,15 @@ COMMANDS = {
 }
 
 EXIT_FAULT, EXIT_USER, EXIT_NON_FINITE, EXIT_DISK = 1, 2, 3, 4
-EXIT_INTERRUPTED, EXIT_PIPE = 130, 141
+EXIT_SIGNAL = 128  # and the signal's number, as shells count
+EXIT_PIPE = EXIT_SIGNAL + 13
 _EXIT_STATUS = """exit status:
   0    done
   1    a fault of the program itself; SEGRLHF_TRACEBACK=1 shows where
   2    the input is wrong: a flag, a file, a model, an environment variable
   3    a number was NaN or infinite
   4    the disk is full
-  130  stopped by Ctrl-C
+  129, 130, 143  stopped by SIGHUP, by SIGINT (Ctrl-C), by SIGTERM
   141  whoever read the output has gone, as in "| head -1\""""
 
 # Numbers that launchers pass by the environment, read here and by torch and accelerate.
@@ -116,14 +119,18 @@ def _main(argv: list[str] | None) -> int:
         return _fail("", f"expected one of {', '.join(COMMANDS)}, got {name!r}{hint}", EXIT_USER)
     try:
         _check_environment()
-        configs = parse(name, rest)
-        importlib.import_module(f".{COMMANDS[name].module}", __package__).run(*configs)
+        with Interrupt():
+            configs = parse(name, rest)
+            importlib.import_module(f".{COMMANDS[name].module}", __package__).run(*configs)
     except UserError as error:
         return _fail(name, error, EXIT_USER)
     except NonFiniteError as error:
         return _fail(name, error, EXIT_NON_FINITE)
     except KeyboardInterrupt as stop:
-        return _fail(name, f"interrupted; {stop}" if str(stop) else "interrupted", EXIT_INTERRUPTED)
+        text = f"interrupted; {stop}" if str(stop) else "interrupted"
+        return _fail(name, text, EXIT_SIGNAL + getattr(stop, "signal", signal.SIGINT))
+    except DiskFullError as error:
+        return _fail(name, error, EXIT_DISK)
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -135,8 +142,8 @@ def _main(argv: list[str] | None) -> int:
 
 def _explained(error: Exception) -> tuple[str, int]:
     """What a library raised, in words for a person, and the exit status."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error}; what was there before is intact, free some space", EXIT_DISK
+    if is_disk_full(error):
+        return f"disk full: {error}; what was there before is intact, free some space", EXIT_DISK
     if isinstance(error, OSError):
         return (
             f"file: expected one that can be read or written, got {first_line(error)}; check its "

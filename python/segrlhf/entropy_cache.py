@@ -30,6 +30,7 @@ from .errors import NonFiniteError, UserError
 from .models.lm_head import token_stats
 from .models.loading import check_positions, check_vocabulary, load_causal_lm, load_config
 from .runtime import files
+from .runtime.checkpoints import saving
 from .runtime.distributed import processes
 
 if TYPE_CHECKING:
@@ -123,18 +124,26 @@ class EntropyCache:
 
     @staticmethod
     def create(directory: Path, lengths: np.ndarray) -> None:
-        """Writes an empty cache for responses of these lengths, int [2 pairs]."""
+        """Writes an empty cache for responses of these lengths, int [2 pairs].
+
+        Raises DiskFullError, and leaves nothing, where the disk has no room for it.
+        """
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        with files.whole_dir(directory) as part:
-            np.save(part / "offsets.npy", offsets)
-            entropy = np.lib.format.open_memmap(
-                part / "entropy.npy", mode="w+", dtype=np.float32, shape=(int(offsets[-1]),)
-            )
-            for start in range(0, len(entropy), 1 << 24):
-                entropy[start : start + (1 << 24)] = np.nan
-            entropy.flush()
-            np.save(part / "checksums.npy", np.zeros(len(lengths), np.int64))
-            files.write_json(part / "meta.json", {"format": FORMAT, "pairs": len(lengths) // 2})
+        total = int(offsets[-1])
+        where, remedy = directory.parent, "free space or choose another directory for the cache"
+        with saving("the entropy cache", where, remedy), files.whole_dir(directory) as new:
+            np.save(new / "offsets.npy", offsets)
+            # Written, not mapped: a mapped page that the disk has no room for ends the process.
+            with open(new / "entropy.npy", "wb") as handle:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (total,)}
+                np.lib.format.write_array_header_1_0(handle, header)
+                handle.flush()
+                os.posix_fallocate(handle.fileno(), handle.tell(), 4 * total)
+                block = np.full(min(total, 1 << 20), np.nan, np.float32)
+                for start in range(0, total, 1 << 20):
+                    handle.write(block[: total - start].tobytes())
+            np.save(new / "checksums.npy", np.zeros(len(lengths), np.int64))
+            files.write_json(new / "meta.json", {"format": FORMAT, "pairs": len(lengths) // 2})
 
     @contextmanager
     def writer(self) -> Iterator[Callable[[int, np.ndarray], None]]:
@@ -243,13 +252,15 @@ def cache_key(fingerprint: str, tokenizer: Any, pairs: Dataset) -> str:
 @contextmanager
 def _building(directory: Path) -> Iterator[None]:
     """One build at a time; the lock dies with the process that holds it."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.with_name(f"{directory.name}.lock"), "w") as handle:
+    with files.lock_file(directory.with_name(f"{directory.name}.lock")) as lock:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"another process builds {directory}; waiting for it", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for item, place in files.left_behind(directory.parent, "new"):
+            if place == directory:  # of a build that was killed: we hold its lock
+                files.remove(item)
         yield
 
 

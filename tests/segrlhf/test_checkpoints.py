@@ -1,16 +1,28 @@
 """Checkpoints count when they are whole; output directories are never overwritten by accident."""
 
+import errno
 import json
+import resource
+import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
-from segrlhf.errors import UserError
+from segrlhf.errors import DiskFullError, UserError
+from segrlhf.runtime import files
 from segrlhf.runtime.checkpoints import (
     COMPLETE,
-    claim_output_dir,
+    check_output_dir,
+    check_room,
+    is_disk_full,
     last_checkpoint,
     mark_complete,
     resolve_resume,
+    saving,
 )
 
 
@@ -28,29 +40,95 @@ def test_last_checkpoint_passes_over_one_that_was_cut_off(tmp_path):
 def test_output_dir_with_files_is_refused(tmp_path):
     (tmp_path / "weights").write_text("precious")
     with pytest.raises(UserError, match=r"output_dir: expected a new or empty directory.*resume"):
-        claim_output_dir(tmp_path, resume=False)
-    claim_output_dir(tmp_path, resume=True)
+        check_output_dir(tmp_path, resume=False)
+    check_output_dir(tmp_path, resume=True)
     assert (tmp_path / "weights").read_text() == "precious"
     with pytest.raises(UserError, match="expected a directory, got the file"):
-        claim_output_dir(tmp_path / "weights", resume=True)
-    claim_output_dir(tmp_path / "new", resume=False)
-    assert (tmp_path / "new").is_dir()
+        check_output_dir(tmp_path / "weights", resume=True)
+    check_output_dir(tmp_path / "new", resume=False)
+    assert not (tmp_path / "new").exists()  # nothing to stand in the way of a corrected command
 
 
 def test_resuming_clears_what_a_killed_process_left(tmp_path):
-    for name in (".checkpoint-2.77.part", ".checkpoint-1.77.old", ".model.77.old", "model"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text(name)
-    (tmp_path / ".metrics.jsonl.77.part").write_text("half")
+    def temporary(name, kind):
+        path = files.temporary_path(tmp_path / name, kind)
+        path.mkdir()
+        (path / "weights").write_text(f"{kind} {name}")
+        return path
+
+    temporary("checkpoint-2", "new")
+    for name in ("checkpoint-1", "model", "checkpoint-3"):
+        temporary(name, "old")
+    mark_complete(next(tmp_path.glob(".checkpoint-3.*")), 3)
     (tmp_path / "checkpoint-3").mkdir()  # being written again when the process died
-    (tmp_path / ".checkpoint-3.old").mkdir()
-    mark_complete(tmp_path / ".checkpoint-3.old", 3)
-    claim_output_dir(tmp_path, resume=True)
-    left = sorted(p.name for p in tmp_path.iterdir())
-    assert left == ["checkpoint-1", "checkpoint-3", "model"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("model")
+    files.temporary_path(tmp_path / "metrics.jsonl", "new").write_text("half")
+    # Somebody else's, of names that are no more than like ours.
+    others = [".keep.part", ".notes.old", ".git.old", ".x.77.part", ".segrlhf-new"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    check_output_dir(tmp_path, resume="true")
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {*others, "checkpoint-1", "checkpoint-3", "model"}
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
-    assert (tmp_path / "checkpoint-1" / "weights").read_text() == ".checkpoint-1.77.old"
+    assert (tmp_path / "checkpoint-1" / "weights").read_text() == "old checkpoint-1"
     assert (tmp_path / "model" / "weights").read_text() == "model"
+
+
+def test_room_is_tried_where_the_directory_will_be(tmp_path, monkeypatch):
+    seen = []
+
+    def disk_usage(path):
+        seen.append(path)
+        return SimpleNamespace(free=100 * 2**20)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    run = tmp_path / "new" / "run"
+    mib = 2**20
+    assert check_room(run, 20 * mib, 10 * mib, n_checkpoints=4) is None
+    assert seen == [tmp_path]
+    assert "5 checkpoints and the final model take 110 MiB" in check_room(
+        run, 20 * mib, 10 * mib, 5
+    )
+    assert check_room(run, 20 * mib, 10 * mib, 5, save_total_limit=3) is None
+    assert check_room(run, 200 * mib, 10 * mib, n_checkpoints=0) is None
+    with pytest.raises(DiskFullError, match="room for a checkpoint and the final model, 110 MiB"):
+        check_room(run, 100 * mib, 10 * mib, n_checkpoints=1)
+    with pytest.raises(DiskFullError, match="room for the final model, 101 MiB, got 100 MiB free"):
+        check_room(run, 0, 101 * mib, n_checkpoints=0)
+
+
+WRITERS = {
+    "torch": lambda path: torch.save(torch.zeros(100_000), path),
+    "safetensors": lambda path: save_file({"a": torch.zeros(100_000)}, path),
+    "tokenizers": lambda path: Tokenizer(
+        models.BPE(vocab={str(i): i for i in range(10_000)}, merges=[])
+    ).save(str(path)),
+    "numpy": lambda path: np.save(path, np.zeros(100_000)),
+    "python": lambda path: files.write_text(path, "0" * 100_000),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_library_s_word_for_a_failed_write_is_known(writer, tmp_path):
+    """A limit on the size of files stands for a full disk: it needs no rights."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with (
+            pytest.raises(DiskFullError, match=f"saving it in {tmp_path} .*not exist; free space"),
+            saving("it", tmp_path),
+        ):
+            WRITERS[writer](tmp_path / "file.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_other_errors_are_not_a_full_disk():
+    assert not is_disk_full(OSError(errno.EACCES, "No space for you"))
+    assert not is_disk_full(RuntimeError("PytorchStreamReader failed reading zip archive"))
+    assert is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
 
 
 def test_resume_from(tmp_path):

@@ -1,4 +1,8 @@
 import math
+import os
+import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from segrlhf import entropy_cache
 from segrlhf.entropy_cache import SIDES, EntropyCache, Pairs, cache_directory
-from segrlhf.errors import NonFiniteError, UserError
+from segrlhf.errors import DiskFullError, NonFiniteError, UserError
+from segrlhf.runtime import files
 
 
 def forbid(monkeypatch):
@@ -207,3 +212,44 @@ def test_pairs_carry_their_number_and_entropies(build_cache, pairs):
     assert row["row"] == 4
     np.testing.assert_array_equal(row["rejected_entropy"], cache[4][1])
     assert "chosen_entropy" not in Pairs(pairs)[4]
+
+
+def test_a_disk_that_fills_up_leaves_no_cache(tmp_path):
+    """A limit on the size of files stands for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(DiskFullError, match="disk full while saving the entropy cache in"):
+            EntropyCache.create(tmp_path / "cache" / "key", np.full(20, 1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_small_disk_is_no_bus_error(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system of 1 MiB cannot be mounted here: that needs root")
+    code = (
+        "import sys, pathlib, numpy; from segrlhf.entropy_cache import EntropyCache\n"
+        "EntropyCache.create(pathlib.Path(sys.argv[1], 'key'), numpy.full(20, 100_000))"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path], capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert "DiskFullError: disk full while saving the entropy cache" in done.stderr
+        assert not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_what_a_killed_build_left_is_cleared(build_cache, tmp_path):
+    key = build_cache().directory
+    left = files.temporary_path(key, "new")
+    other = files.temporary_path(key.with_name("another"), "new")  # perhaps being built
+    for path in (left, other):
+        path.mkdir()
+    build_cache()
+    assert (left.exists(), other.exists()) == (False, True)

@@ -1,6 +1,8 @@
 """Files are whole or untouched."""
 
 import errno
+import fcntl
+import os
 
 import pytest
 
@@ -54,3 +56,33 @@ def test_files_into_keeps_neighbours_and_writes_all_or_nothing(tmp_path):
         (part / "weights").write_text("new")
     assert (tmp_path / "weights").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "weights"]
+
+
+def test_temporary_files_are_new_and_no_links(tmp_path, monkeypatch):
+    """Somebody who guesses the name finds that it is refused, not written through."""
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "0" * (2 * n))
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name, whole in (("a.json", files.whole_file), ("model", files.whole_dir)):
+        trap = tmp_path / f".{name}.0000000000000000.segrlhf-new"
+        trap.symlink_to(victim)
+        with pytest.raises(FileExistsError), whole(tmp_path / name):
+            pytest.fail("went on")
+        assert trap.is_symlink()
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_a_lock_is_no_link_and_nothing_but_a_file(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "link.lock").symlink_to(victim)
+    (tmp_path / "folder.lock").mkdir()
+    os.mkfifo(tmp_path / "pipe.lock")
+    for name in ("link.lock", "folder.lock", "pipe.lock"):
+        with pytest.raises(OSError), files.lock_file(tmp_path / name):  # noqa: PT011
+            pytest.fail("went on")
+    assert victim.read_text() == "precious"
+    for _ in range(2):  # the second finds the first one's file
+        with files.lock_file(tmp_path / "new.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,6 @@
 """PPO: exact over processes, micro-batches and restarts; learns; stops with messages that help."""
 
 import errno
-import inspect
 import json
 import math
 import os
@@ -11,20 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from launched import stop_under_torchrun
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
 from transformers import PreTrainedTokenizerFast as FastTokenizer
+from waits import Waits
 
 from segkernels import LocationNormalizer, ScalarNormalizer, scatter_segment_rewards, segment_scores
-from segrlhf import cli, presets
+from segrlhf import cli
 from segrlhf.configs import DataConfig, ModelConfig
-from segrlhf.errors import NonFiniteError, UserError
+from segrlhf.errors import Interrupted, NonFiniteError, UserError
 from segrlhf.models import lm_head
 from segrlhf.models.lm_head import token_stats
 from segrlhf.models.reward_model import SegmentRewardModel
@@ -38,6 +39,7 @@ from segrlhf.ppo.rollout import Rollout, prompt_of
 from segrlhf.ppo.run import run
 from segrlhf.ppo.trainer import PPOTrainer
 from segrlhf.runtime.checkpoints import last_checkpoint
+from segrlhf.runtime.interrupt import SIGNALS
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstu"]
 PROMPTS = ["a b c", "d", "e f", "g h i j", "k l", "m"]
@@ -184,7 +186,7 @@ def test_train_writes_policy_and_metrics(lm, rm, tmp_path):
 def test_nothing_is_logged_before_there_is_a_number(lm, rm, tmp_path):
     trainer = make_trainer(lm, rm, tmp_path / "new")
     trainer.log.start([])
-    assert not list((tmp_path / "new").iterdir())
+    assert not (tmp_path / "new").exists()
     trainer.log.write({"update": 1, "lr": 0.5})
     assert (tmp_path / "new" / "metrics.jsonl").read_text() == '{"update": 1, "lr": 0.5}\n'
     trainer.log.start([])  # of a run that is resumed before its first checkpoint
@@ -209,33 +211,6 @@ def test_micro_batches_do_not_matter(lm, rm, tmp_path, aggregation):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-class _Waits(TorchDispatchMode):
-    """Counts the calls of segrlhf's own lines that would make the host wait for a GPU."""
-
-    HOME = str(Path(presets.__file__).parent)
-    # The last makes a tensor of a number, which would have to be copied to the device.
-    WAITS = ("nonzero", "masked_select", "_local_scalar_dense", "equal", "lift_fresh")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
-        if (name in self.WAITS or by_mask) and self._ours():
-            self.count += 1
-        return function(*args, **(kwargs or {}))
-
-    def _ours(self):
-        """Whether the innermost line outside torch is one of segrlhf's."""
-        frame = inspect.currentframe().f_back.f_back
-        while f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
-            frame = frame.f_back
-        return frame.f_code.co_filename.startswith(self.HOME)
-
-
 def test_micro_batches_do_not_wait_for_the_device(lm, rm, tmp_path, monkeypatch):
     monkeypatch.setattr(lm_head, "values_may_be_checked", lambda _: False)  # as on a GPU
     waits = {}
@@ -246,7 +221,7 @@ def test_micro_batches_do_not_wait_for_the_device(lm, rm, tmp_path, monkeypatch)
         step = trainer.train_minibatch
 
         def counted(*args, step=step, rows_each=rows_each):
-            with _Waits() as mode:
+            with Waits() as mode:
                 step(*args)
             waits.setdefault(rows_each, []).append(mode.count)
 
@@ -357,28 +332,65 @@ def test_resume_after_kill_gives_the_same_weights(lm, rm, prompts, tmp_path):
     assert [json.loads(line)["update"] for line in lines] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", SIGNALS)
 def test_interruption_saves_and_says_how_to_go_on(lm, rm, tmp_path, kind):
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(kind)
     trainer = make_trainer(lm, rm, tmp_path / "cut")
     step = trainer.train_minibatch
 
     def interrupted_step(*args):
         trainer.train_minibatch = step
-        signal.raise_signal(kind)
+        for _ in range(3):  # launchers repeat it
+            signal.raise_signal(kind)
         step(*args)
 
     trainer.train_minibatch = interrupted_step
     with pytest.raises(
-        KeyboardInterrupt,
+        Interrupted,
         match=r"after update 1 of 4, saved as .*checkpoint-1; go on with --resume",
-    ):
+    ) as stopped:
         trainer.train()
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert stopped.value.signal == kind
+    assert signal.getsignal(kind) is handler
     resumed = make_trainer(lm, rm, tmp_path / "cut", resume_from_checkpoint="true")
     assert len(resumed.train()) == 4
     make_trainer(lm, rm, tmp_path / "whole").train()
     assert same_weights(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_launcher_and_workers_stops_both_after_a_step(lm, rm, prompts, tmp_path):
+    words = command(lm, rm, prompts, tmp_path / "out", total_episodes=80_000)
+    said = stop_under_torchrun(
+        words, environment(), tmp_path, tmp_path / "out" / "metrics.jsonl", signal.SIGHUP
+    )
+    last = last_checkpoint(tmp_path / "out")
+    assert f"stopped after update {last.name.rpartition('-')[2]} of 10000, saved as {last}" in said
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {last.name, "metrics.jsonl"}
+
+
+def test_weights_that_are_not_finite_are_never_saved(lm, rm, tmp_path):
+    """And the checkpoint that the message names goes on with better settings."""
+    flags = {"save_steps": 1, "resume_from_checkpoint": "true"}
+    make_trainer(lm, rm, tmp_path, **flags, total_episodes=16).train()
+    (tmp_path / "config.json").unlink()  # the policy of that run
+    for group in (0, 1):  # of the policy, of the value model
+        trainer = make_trainer(lm, rm, tmp_path, **flags)
+        trainer.optimizer.param_groups[group]["eps"] = math.nan
+        message = r"after an optimizer step of update 3, got NaN .*which is finite, is .*-2: go on"
+        with pytest.raises(NonFiniteError, match=message):
+            trainer.train()
+        assert last_checkpoint(tmp_path).name == "checkpoint-2"
+        assert not (tmp_path / "config.json").exists()
+    resumed = make_trainer(lm, rm, tmp_path, **flags)
+    assert len(resumed.train()) == 4
+
+
+def test_non_finite_weights_in_the_first_step_leave_nothing(lm, rm, prompts, tmp_path, capsys):
+    words = command(lm, rm, prompts, tmp_path / "out", learning_rate=1e30, weight_decay=1e30)[2:]
+    assert cli.main(words) == cli.EXIT_NON_FINITE
+    assert "no checkpoint had been saved: start again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_non_finite_reward_names_update_prompts_and_checkpoint(lm, rm, tmp_path):
@@ -722,6 +734,37 @@ def test_disk_full_keeps_earlier_checkpoints(lm, rm, tmp_path, monkeypatch):
     monkeypatch.undo()
     resumed = make_trainer(lm, rm, tmp_path, save_steps=1, resume_from_checkpoint="true")
     assert len(resumed.train()) == 4
+
+
+def test_disk_full_in_the_final_save_keeps_the_checkpoint(lm, rm, prompts, tmp_path, capsys):
+    """Words of the tokenizer's library, which raises a bare Exception."""
+    words = command(lm, rm, prompts, tmp_path, total_episodes=16, save_steps=2)[2:]
+    real = FastTokenizer.save_pretrained
+
+    def full(self, directory, *args, **kwargs):
+        if "checkpoint" not in str(directory):
+            raise Exception("No space left on device (os error 28)")
+        return real(self, directory, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FastTokenizer, "save_pretrained", full)
+        assert cli.main(words) == cli.EXIT_DISK
+    said = capsys.readouterr().err
+    assert "disk full while saving the policy" in said
+    assert "checkpoint-2; free space and go on with --resume_from_checkpoint true" in said
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-2", "metrics.jsonl"}
+    assert cli.main([*words, "--resume_from_checkpoint", "true"]) == 0
+    assert same_weights(weights(tmp_path), weights(tmp_path / "checkpoint-2" / "policy"))
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    lm, rm, prompts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    words = command(lm, rm, prompts, tmp_path / "out")[2:]
+    assert cli.main(words) == cli.EXIT_DISK
+    assert "expected room for the final model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 SCHEDULES = {

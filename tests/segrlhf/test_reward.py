@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from launched import stop_under_torchrun
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
+from waits import Waits
 
 from segkernels import segment_bradley_terry
 from segrlhf import cli
@@ -29,6 +31,7 @@ from segrlhf.reward import trainer
 from segrlhf.reward.config import RewardConfig
 from segrlhf.reward.run import run, trained_with
 from segrlhf.reward.trainer import SegmentRewardTrainer
+from segrlhf.runtime import interrupt
 from segrlhf.runtime.checkpoints import COMPLETE, last_checkpoint
 
 
@@ -332,23 +335,24 @@ def test_kill_then_resume_ends_with_the_same_bits(flags, train, tmp_path):
     assert_same_bits(tmp_path / "killed", tmp_path / "whole")
 
 
-def interrupt_at(monkeypatch, step):
+def interrupt_at(monkeypatch, step, kind=signal.SIGINT):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(3):  # launchers repeat it
+                signal.raise_signal(kind)
 
     monkeypatch.setattr(trainer._Guard, "on_step_begin", on_step_begin, raising=False)
 
 
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(
+def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(
     flags, train, tmp_path, monkeypatch, capsys
 ):
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGTERM)
     train("whole", save_strategy="no")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
+        interrupt_at(patch, 4, signal.SIGTERM)
         status = cli.main(["reward", *flags(save_strategy="no")])
-    assert status == 130
+    assert status == 143
     said = capsys.readouterr().err
     assert "stopped after step 5" in said
     assert "go on with --resume_from_checkpoint true" in said
@@ -356,23 +360,35 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(
     assert not (tmp_path / "rm" / "model.safetensors").exists()
     train(save_strategy="no", resume_from_checkpoint="true")
     assert_same_bits(tmp_path / "rm", tmp_path / "whole")
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch, capsys):
+def test_a_signal_after_five_seconds_stops_at_once(flags, monkeypatch, capsys):
+    monkeypatch.setattr(interrupt, "REPEAT_SECONDS", 0.0)  # so that the next one is later
     interrupt_at(monkeypatch, 4)
-
-    def compute_loss(self, *args, **kwargs):
-        if self.stop_requested:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args, **kwargs)
-
-    original = SegmentRewardTrainer.compute_loss
-    monkeypatch.setattr(SegmentRewardTrainer, "compute_loss", compute_loss)
     assert cli.main(["reward", *flags(save_steps=2)]) == 130
     said = capsys.readouterr().err
-    assert "stopped inside step 5" in said
+    assert "stopped at once, without a new checkpoint; newest complete one: " in said
     assert "checkpoint-4" in said
+
+
+@pytest.mark.slow
+def test_a_signal_to_launcher_and_workers_stops_both_after_a_step(flags, tmp_path):
+    settings = {"num_train_epochs": 10_000, "save_steps": 20, "save_total_limit": 1}
+    words = ["-m", "segrlhf.cli", "reward", *flags(**settings)]
+    ready = tmp_path / "rm" / "checkpoint-20" / COMPLETE
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = stop_under_torchrun(words, env, tmp_path, ready, signal.SIGINT)
+    last = last_checkpoint(tmp_path / "rm")
+    assert f"stopped after step {last.name.rpartition('-')[2]}; saved {last}" in said
+    assert {p.name for p in (tmp_path / "rm").iterdir()} == {last.name}
+
+
+def test_a_signal_after_the_last_step_waits_for_the_model(flags, tmp_path, monkeypatch, capsys):
+    interrupt_at(monkeypatch, 11, signal.SIGHUP)  # of 12
+    assert cli.main(["reward", *flags(save_strategy="no")]) == 129
+    assert "it was finished, and all was saved" in capsys.readouterr().err
+    assert SegmentRewardModel.from_pretrained(tmp_path / "rm").granularity == "segment"
 
 
 def test_resume_may_name_a_checkpoint(train, tmp_path):
@@ -542,6 +558,52 @@ def test_non_finite_gradient_never_reaches_the_weights(make_trainer, pairs, tmp_
     assert last_checkpoint(tmp_path / "out").name == "checkpoint-2"
 
 
+def test_weights_that_are_not_finite_are_never_saved(flags, tmp_path, capsys):
+    """And a corrected command finds the directory as the first one did."""
+    beyond_fp32 = {"learning_rate": 1e30, "weight_decay": 1e30}
+    assert cli.main(["reward", *flags(save_steps=1, **beyond_fp32)]) == cli.EXIT_NON_FINITE
+    said = capsys.readouterr().err
+    assert "weights: expected finite numbers after step 1, got NaN or infinity in" in said
+    assert "no checkpoint had been saved: start again" in said
+    assert not list((tmp_path / "rm").iterdir())
+
+
+def test_the_last_checkpoint_is_finite_and_goes_on(make_trainer, tmp_path):
+    class Break(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            if state.global_step == 3:
+                optimizer.param_groups[0]["eps"] = math.nan
+
+    with pytest.raises(NonFiniteError, match=r"after step 4, .*which is finite, is .*checkpoint-2"):
+        make_trainer(save_steps=2, callbacks=[Break()]).train()
+    last = last_checkpoint(tmp_path / "out")
+    assert all(weight.isfinite().all() for weight in weights(last).values())
+    trainer = make_trainer(save_steps=2)
+    trainer.train(str(last))
+    assert trainer.state.global_step == trainer.state.max_steps
+
+
+def test_micro_batches_do_not_wait_for_the_device(make_trainer):
+    trainer = make_trainer(gradient_accumulation_steps=3, save_strategy="no")
+    waits = {"training_step": [], "check_step": []}
+
+    def count(name, method):
+        def counted(*args, **kwargs):
+            with Waits() as mode:
+                result = method(*args, **kwargs)
+            waits[name].append(mode.count)
+            return result
+
+        return counted
+
+    for name in waits:
+        setattr(trainer, name, count(name, getattr(trainer, name)))
+    trainer.train()
+    assert len(waits["training_step"]) == 3 * len(waits["check_step"])
+    assert set(waits["training_step"]) == {0}
+    assert set(waits["check_step"]) == {1}
+
+
 def test_non_finite_evaluation_names_the_rows(make_trainer, with_a_star, tokenizer):
     trainer = make_trainer(eval_rows=with_a_star)
     poison(trainer.model, "*", tokenizer)
@@ -605,7 +667,7 @@ def test_disk_full_in_the_final_save_keeps_what_was_there(train, tmp_path, monke
     with pytest.raises(OSError, match=r"disk full while saving the final model in .*checkpoint-8"):
         train(save_steps=4, max_steps=8, resume_from_checkpoint="true")
     assert (tmp_path / "rm" / "model.safetensors").read_bytes() == before
-    assert not list((tmp_path / "rm").glob(".saving*"))
+    assert not list((tmp_path / "rm").glob(".*"))
 
 
 def test_old_checkpoints_go_when_the_new_one_is_complete(train, tmp_path):
@@ -639,6 +701,10 @@ def test_bad_thresholds(tmp_path, bad):
         (
             {"granularity": "token", "remove_unused_columns": True},
             "remove_unused_columns: expected",
+        ),
+        (
+            {"granularity": "token", "enable_jit_checkpoint": True},
+            "enable_jit_checkpoint: expected false",
         ),
         (
             {"granularity": "token", "train_sampling_strategy": "group_by_length"},

@@ -244,7 +244,3 @@ class PPOConfig:
         except ValueError as error:
             raise UserError(f"normalizer_{self.normalizer}: {error}") from error
         return None
-
-    @property
-    def resumes(self) -> bool:
-        return str(self.resume_from_checkpoint).lower() not in ("", "none", "false", "no")

@@ -14,6 +14,7 @@ from torch import Tensor
 from segkernels import PolicyLoss, scatter_segment_rewards, segment_scores
 
 from ..runtime import files
+from ..runtime.checkpoints import saving
 from ..runtime.metrics import Mean
 from .config import PPOConfig
 from .experience import Experience
@@ -112,6 +113,10 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as handle:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                saving(self.path.name, self.path.parent),
+                open(self.path, "a", encoding="utf-8") as handle,
+            ):
                 handle.write(json.dumps(metrics) + "\n")
         self.accelerator.log(metrics, step=int(metrics["update"]))

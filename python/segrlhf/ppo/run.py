@@ -20,7 +20,7 @@ from ..models.loading import (
     load_tokenizer,
 )
 from ..models.reward_model import SegmentRewardModel
-from ..runtime.checkpoints import claim_output_dir
+from ..runtime.checkpoints import check_output_dir
 from .config import PPOConfig
 from .models import starting_value_model
 from .trainer import PPOTrainer
@@ -30,7 +30,7 @@ def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, An
     """``segrlhf ppo``: loads everything, trains, saves; returns the last logged metrics."""
     state = PartialState(cpu=config.use_cpu)
     if state.is_main_process:
-        claim_output_dir(config.output_dir, resume=config.resumes)
+        check_output_dir(config.output_dir, config.resume_from_checkpoint)
     say = tqdm.write if state.is_main_process else (lambda _: None)
 
     tokenizer = load_tokenizer(model)

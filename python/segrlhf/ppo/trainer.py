@@ -25,12 +25,14 @@ from ..models.reward_model import SegmentRewardModel
 from ..runtime import files
 from ..runtime.checkpoints import (
     COMPLETE,
-    claim_output_dir,
+    check_output_dir,
+    check_room,
     mark_complete,
     resolve_resume,
     saving,
 )
 from ..runtime.distributed import any_rank
+from ..runtime.finite import check_weights
 from ..runtime.identity import Identity, changes_told
 from ..runtime.interrupt import Interrupt
 from ..runtime.metrics import Metrics
@@ -85,7 +87,7 @@ class PPOTrainer:
         self.accelerator = make_accelerator(config)
         check_prompts(config, train_prompts, eval_prompts)
         if self.accelerator.is_main_process:
-            claim_output_dir(config.output_dir, resume=config.resumes)
+            check_output_dir(config.output_dir, config.resume_from_checkpoint)
         for model in (policy, reward_model, ref_policy, value_model, entropy_model):
             if model is not None:
                 check_vocabulary(model.config, tokenizer)
@@ -132,6 +134,8 @@ class PPOTrainer:
         checkpoint = resolve_resume(config.output_dir, config.resume_from_checkpoint)
         if checkpoint is not None:
             state = self.load_checkpoint(checkpoint)
+        if self.accelerator.is_main_process:
+            self._check_room()
         self.log.start(state.history)
         if state.global_step == 0 and self._due(config.eval_steps):
             self._log({"update": 0, "episode": 0, **self.evaluate()})
@@ -142,7 +146,7 @@ class PPOTrainer:
             unit="update",
             disable=not self.accelerator.is_main_process,
         )
-        with bar, Interrupt() as interrupt:
+        with bar, Interrupt(config.output_dir) as interrupt:
             while state.global_step < self.n_updates:
                 metrics = self.update()
                 state.global_step += 1
@@ -156,15 +160,15 @@ class PPOTrainer:
                     score=f"{metrics['objective/scores']:.3g}", kl=f"{metrics['objective/kl']:.3g}"
                 )
                 bar.update()
-                stop = any_rank(self.accelerator, interrupt.asked)
+                stop = interrupt.requested(self.accelerator) and not last
                 if stop or self._due(config.save_steps):
                     path = self.save_checkpoint()
                 if stop:
-                    raise KeyboardInterrupt(
+                    raise interrupt.stopped(
                         f"stopped after update {state.global_step} of {self.n_updates}, saved as "
                         f"{path}; go on with --resume_from_checkpoint true"
                     )
-        self.save_policy()
+            self.save_policy()
         return state.history
 
     def _due(self, every: int | None) -> bool:
@@ -263,6 +267,8 @@ class PPOTrainer:
         for name, norm in norms.items():
             self.metrics.mean(f"{name}/grad_norm", norm, 1)
         self.optimizer.step()
+        step = f"an optimizer step of update {self.state.global_step + 1}"
+        check_weights(accelerator, self.module, self.optimizer, step, config.output_dir)
 
     def losses(self, batch: Experience) -> tuple[PolicyLoss, Tensor, Tensor]:
         """(policy loss, values, value loss) of a micro-batch."""
@@ -310,6 +316,21 @@ class PPOTrainer:
         worker = self.worker
         models = (worker.ref_policy, worker.reward_model, worker.entropy_model)
         return run_identity(self.config, self.train_prompts, self.tokenizer, *models)
+
+    def _check_room(self) -> None:
+        config = self.config
+        policy, both = (
+            sum(weight.nbytes for weight in module.parameters())
+            for module in (self.module.policy, self.module)
+        )
+        left = self.n_updates - self.state.global_step
+        n_checkpoints = math.ceil(left / config.save_steps) if config.save_steps else 0
+        # Beside the weights, Adam's two moments of each.
+        warning = check_room(
+            config.output_dir, 3 * both, policy, n_checkpoints, config.save_total_limit
+        )
+        if warning:
+            tqdm.write(warning)
 
     def save_checkpoint(self) -> Path:
         """``checkpoint-<updates done>``: all that a resumed run needs; one that is there stays."""

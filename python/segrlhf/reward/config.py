@@ -82,6 +82,9 @@ class RewardConfig(PairConfig, TrainingArguments):
         1.0, "Passes over the pairs.", limits=Range(above=0, max=1_000_000)
     )
     logging_steps: float = flag(10, "Steps between two logs.", limits=Range(above=0))
+    logging_nan_inf_filter: bool = flag(
+        False, "Leave false: NaN stops the run, and looking for it waits for the device."
+    )
     lr_scheduler_kwargs: dict[str, Any] | str | None = flag(
         None,
         'More settings of the schedule as json, e.g. {"min_lr_rate": 0.1}.',
@@ -142,6 +145,11 @@ class RewardConfig(PairConfig, TrainingArguments):
             raise UserError(
                 "remove_unused_columns: expected false, got true; the columns of a pair are no "
                 "arguments of the model's forward"
+            )
+        if self.enable_jit_checkpoint:
+            raise UserError(
+                "enable_jit_checkpoint: expected false, got true; SIGTERM saves a checkpoint here "
+                "without it"
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise UserError(

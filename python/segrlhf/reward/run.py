@@ -18,9 +18,10 @@ from ..entropy_cache import Pairs, build_entropy_cache, model_fingerprint, pairs
 from ..errors import UserError, reading
 from ..models.loading import apply_lora, check_positions, load_tokenizer
 from ..models.reward_model import SegmentRewardModel
-from ..runtime.checkpoints import claim_output_dir, resolve_resume
+from ..runtime.checkpoints import check_output_dir, resolve_resume
 from ..runtime.distributed import say
 from ..runtime.identity import Identity, digest
+from ..runtime.interrupt import Interrupt
 from .config import RewardConfig
 from .trainer import RUN_FILE, SegmentRewardTrainer
 
@@ -31,10 +32,9 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
     Returns ``{"output_dir", "metrics", "history"}``: final train and eval metrics, and everything
     that was logged.
     """
-    resuming = str(config.resume_from_checkpoint).lower() not in ("none", "", "false", "no")
     with config.main_process_first(desc="reading the pairs"):
         if config.process_index == 0:
-            claim_output_dir(config.output_dir, resuming)
+            check_output_dir(config.output_dir, config.resume_from_checkpoint)
         checkpoint = resolve_resume(config.output_dir, config.resume_from_checkpoint)
         tokenizer = load_tokenizer(model)
         pairs = {}
@@ -105,12 +105,13 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
             "use_peft: expected whole weights on every process, to merge the adapters into, got "
             "FSDP or ZeRO-3; train LoRA with plain data parallelism or ZeRO-2"
         )
-    output = trainer.train(str(checkpoint) if checkpoint else None)
-    metrics = {**output.metrics, **(trainer.evaluate() if "eval" in datasets else {})}
-    trainer.save_final(
-        config.output_dir,
-        {**config.tokenization, "score_reduction": config.score_reduction},
-    )
+    with Interrupt(config.output_dir):  # a signal after the last step waits for the model
+        output = trainer.train(str(checkpoint) if checkpoint else None)
+        metrics = {**output.metrics, **(trainer.evaluate() if "eval" in datasets else {})}
+        trainer.save_final(
+            config.output_dir,
+            {**config.tokenization, "score_reduction": config.score_reduction},
+        )
     say(f"reward model: {config.output_dir}")
     return {
         "output_dir": config.output_dir,

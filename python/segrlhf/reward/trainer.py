@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from segkernels import segment_bradley_terry
 
@@ -23,9 +25,12 @@ from ..data.render import pad_token_id
 from ..errors import NonFiniteError, UserError
 from ..models.loading import is_peft
 from ..runtime import files
-from ..runtime.checkpoints import COMPLETE, last_checkpoint, mark_complete, saving
+from ..runtime.checkpoints import COMPLETE, check_room, mark_complete, saving
+from ..runtime.distributed import any_rank
+from ..runtime.finite import check_weights
 from ..runtime.identity import Identity, changes_told, require_files
-from ..runtime.interrupt import ctrl_c
+from ..runtime.interrupt import Interrupt
+from ..runtime.metrics import Metrics
 from .config import RewardConfig
 
 RUN_FILE = "reward_run.json"  # beside the final model: how its data was tokenized and scored
@@ -56,8 +61,17 @@ class _Shuffle(torch.utils.data.Sampler[int]):
         yield from torch.randperm(self.length, generator=generator).tolist()
 
 
+@dataclass(frozen=True)
+class _MicroBatch:
+    """What became of some pairs, left on the device until the whole step is looked at."""
+
+    rows: Tensor  # int64 [B]: their numbers in the dataset
+    finite: Tensor  # bool [B]: both scores, and the margin
+    loss_finite: Tensor  # bool, 0-d
+
+
 class _Guard(TrainerCallback):
-    """Stops before bad gradients reach the weights, and at the end of a step after Ctrl-C."""
+    """What is checked around each optimizer step, and the end of a step after a signal."""
 
     def __init__(self, trainer: SegmentRewardTrainer) -> None:
         self.trainer = trainer
@@ -65,13 +79,19 @@ class _Guard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # Else those of the checkpoint's state would win over those of this run.
         state.compute_steps(args, state.max_steps)
+        if args.should_save:
+            self.trainer.check_room()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.check_gradients()
+        self.trainer.check_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        step = f"step {state.global_step + 1}"
+        check_weights(trainer.accelerator, trainer.model, trainer.optimizer, step, args.output_dir)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.any_process(self.trainer.stop_requested):
-            self.trainer.stop_requested = True
+        if self.trainer.interrupt.requested(self.trainer.accelerator):
             control.should_save = control.should_training_stop = True
         return control
 
@@ -90,8 +110,9 @@ class SegmentRewardTrainer(Trainer):
     and eval_longer_wins, the accuracy of "the longer response wins" on the same pairs (ties half).
 
     Raises NonFiniteError, naming step and rows, before a NaN or infinite loss or gradient can
-    reach the weights; KeyboardInterrupt after Ctrl-C, with a checkpoint of the step just finished.
-    ``identity`` is saved with each checkpoint; resuming from one that has another is an error.
+    reach the weights, and when an optimizer step makes weights that are not finite;
+    ``Interrupted`` after a signal, with a checkpoint of the step just finished. ``identity`` is
+    saved with each checkpoint; resuming from one that has another is an error.
     """
 
     def __init__(
@@ -118,12 +139,11 @@ class SegmentRewardTrainer(Trainer):
         )
         # get_batch_samples counts pairs, compute_loss divides by them: Trainer must not divide.
         self.model_accepts_loss_kwargs = True
-        self.stop_requested = False
         self.identity = identity
         # Under peft and every wrapper, for what its config says.
         self.reward_model = model.get_base_model() if is_peft(model) else model
-        self._rows: list[int] = []  # dataset rows of the current step on this process
-        self._window: list[list[float]] = []  # what _record saw since the last log
+        self._micro_batches: list[_MicroBatch] = []  # of the current step on this process
+        self._metrics = Metrics()  # since the last log
         self.add_callback(_Guard(self))
 
     # Batches
@@ -149,7 +169,7 @@ class SegmentRewardTrainer(Trainer):
                 mine = min(max(left - self.args.process_index * size, 0), size)
                 batches[-1] = first_pairs(batches[-1], max(mine, 1))
                 batches[-1]["pairs"] = mine
-        self._rows = [row for batch in batches for row in batch["rows"].tolist()]
+        self._micro_batches = []
         counted = torch.tensor(sum(b["pairs"] for b in batches), dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(counted, "sum")
 
@@ -172,43 +192,53 @@ class SegmentRewardTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result, ends, mask = self._forward(model, inputs)
-        self._check_loss(result, inputs)
+        # An infinite chosen score has a finite loss, 0.
+        finite = result.scores.detach().isfinite().view(2, -1).all(0)
+        if inputs.get("margin") is not None:
+            finite = finite & inputs["margin"].isfinite()
+        self._micro_batches.append(
+            _MicroBatch(inputs["rows"], finite, result.loss.detach().isfinite())
+        )
+        # DeepSpeed takes the optimizer step inside of the backward pass.
+        if self.is_deepspeed_enabled and any_rank(self.accelerator, ~self._losses_finite()):
+            self._stop_non_finite("loss", self._non_finite_rows())
         pairs = inputs["pairs"]
-        if pairs:
-            self._record(result, ends, mask, pairs)
+        self._record(result, ends, mask, pairs)
         # Gradients are averaged over processes, so this factor makes a mean over all their pairs.
         loss = result.loss * (pairs * self.args.world_size / num_items_in_batch)
         return (loss, result) if return_outputs else loss
 
-    def any_process(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any process; all must call it."""
-        if self.args.world_size == 1:
-            return flag
-        count = torch.tensor(float(flag), device=self.args.device)
-        return bool(self.accelerator.reduce(count, "sum") > 0)
-
-    def _check_loss(self, result: Any, inputs: dict[str, Any]) -> None:
-        # An infinite chosen score has a finite loss, 0.
-        finite = result.scores.detach().isfinite().view(2, -1).all(0)
-        if not self.any_process(not bool(result.loss.isfinite() & finite.all())):
+    def check_step(self) -> None:
+        """Raises NonFiniteError for a NaN or infinite loss, score or gradient, before the optimizer
+        uses it; the only place of a step that waits for the device."""
+        losses = self._losses_finite()
+        if not any_rank(self.accelerator, ~(losses & self._gradients_finite())):
             return
-        if inputs.get("margin") is not None:
-            finite = finite & inputs["margin"].isfinite()
-        rows = inputs["rows"].tolist()
-        bad = [row for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
-        if not bad and not bool(result.loss.isfinite()):
-            bad = rows
-        self._stop_non_finite("loss", bad)
+        if any_rank(self.accelerator, ~losses):
+            self._stop_non_finite("loss", self._non_finite_rows())
+        rows = [row for batch in self._micro_batches for row in batch.rows.tolist()]
+        self._stop_non_finite("gradient norm", rows)
 
-    def check_gradients(self) -> None:
-        """Raises NonFiniteError for a NaN or infinite gradient, before the optimizer uses it."""
+    def _losses_finite(self) -> Tensor:
+        return torch.stack([b.finite.all() & b.loss_finite for b in self._micro_batches]).all()
+
+    def _non_finite_rows(self) -> list[int]:
+        """Rows whose scores are not finite; all of a micro-batch where that does not explain its
+        loss."""
+        found = []
+        for batch in self._micro_batches:
+            rows, finite = batch.rows.tolist(), batch.finite.tolist()
+            bad = [row for row, ok in zip(rows, finite, strict=True) if not ok]
+            found += rows if not bad and not batch.loss_finite else bad
+        return found
+
+    def _gradients_finite(self) -> Tensor:
         if self.accelerator.scaler is not None or self.is_deepspeed_enabled:
-            return  # their loss scalers meet infinities by design, and skip the step themselves
+            # Their loss scalers meet infinities by design, and skip the step themselves.
+            return torch.ones((), dtype=torch.bool, device=self.args.device)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if self.any_process(not bool(norm.isfinite())):
-            self._stop_non_finite("gradient norm", self._rows)
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite()
 
     def _stop_non_finite(self, what: str, rows: list[int]) -> None:
         rows = sorted(set(gather_object(rows)))
@@ -230,39 +260,25 @@ class SegmentRewardTrainer(Trainer):
     # Metrics
 
     def _record(self, result: Any, ends: Tensor, mask: Tensor, pairs: int) -> None:
-        scores = result.scores.detach().double()
-        self._window.append(
-            [
-                pairs,
-                float(result.accuracy) * pairs,
-                float((scores[:pairs] - scores[pairs:]).sum()),
-                float(scores.sum()),
-                int(ends.sum()),
-                int(_tokens_in_segments(ends, mask).sum()),
-                float(scores.min()),
-                float(scores.max()),
-            ]
-        )
+        metrics, accuracy = self._metrics, result.accuracy.detach() * pairs
+        # A process that only fills up the last batch has a pair here that does not count.
+        scores = result.scores.detach().double()[: 2 * pairs]
+        ends, mask = ends[: 2 * pairs], mask[: 2 * pairs]
+        chosen, rejected = scores.view(2, -1)
+        metrics.mean("accuracy", accuracy, pairs)
+        metrics.mean("margin", (chosen - rejected).sum(), pairs)
+        metrics.mean("mean_reward", scores.sum(), 2 * pairs)
+        metrics.minimum("min_reward", scores.min() if pairs else scores.new_full((), torch.inf))
+        metrics.maximum("max_reward", scores.max() if pairs else scores.new_full((), -torch.inf))
+        n_segments = ends.sum()
+        metrics.mean("segments/per_response", n_segments, 2 * pairs)
+        tokens = _tokens_in_segments(ends, mask).sum()
+        metrics.mean("segments/tokens_per_segment", tokens, n_segments)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._drain()}
+            logs = {**logs, **self._metrics.reduce(self.accelerator)}
         super().log(logs, start_time)
-
-    def _drain(self) -> dict[str, float]:
-        """Means since the last log over all pairs of all processes."""
-        window = np.array(gather_object(self._window))
-        self._window = []
-        pairs, accuracy, margin, score, segments, tokens = window[:, :6].sum(0).tolist()
-        return {
-            "accuracy": accuracy / pairs,
-            "margin": margin / pairs,
-            "mean_reward": score / (2 * pairs),
-            "min_reward": float(window[:, 6].min()),
-            "max_reward": float(window[:, 7].max()),
-            "segments/per_response": segments / (2 * pairs),
-            "segments/tokens_per_segment": tokens / segments,
-        }
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -332,27 +348,22 @@ class SegmentRewardTrainer(Trainer):
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As Trainer.train; the first Ctrl-C ends it after the current step, with a checkpoint.
+        """As Trainer.train; SIGINT, SIGTERM or SIGHUP end it after the current step, with a
+        checkpoint.
 
-        Raises KeyboardInterrupt then; its message says how to go on. UserError for a checkpoint of
+        Raises Interrupted then; its message says how to go on. UserError for a checkpoint of
         another run, and for one that lacks a file.
         """
         if resume_from_checkpoint is not None:
             self._check_checkpoint(Path(resume_from_checkpoint))
-        try:
-            with ctrl_c(self):
-                output = super().train(resume_from_checkpoint, **kwargs)
-        except KeyboardInterrupt as stop:
-            last = last_checkpoint(self.args.output_dir)
-            raise KeyboardInterrupt(
-                f"stopped inside step {self.state.global_step + 1}; newest complete checkpoint: "
-                f"{last or 'none'}; go on with --resume_from_checkpoint true"
-            ) from stop
-        if self.stop_requested and self.state.global_step < self.state.max_steps:
-            raise KeyboardInterrupt(
-                f"stopped after step {self.state.global_step}; saved {self._checkpoint_folder()}; "
-                "go on with --resume_from_checkpoint true"
-            )
+        with Interrupt(self.args.output_dir) as self.interrupt:
+            output = super().train(resume_from_checkpoint, **kwargs)
+            stop = self.interrupt.requested(self.accelerator)
+            if stop and self.state.global_step < self.state.max_steps:
+                raise self.interrupt.stopped(
+                    f"stopped after step {self.state.global_step}; saved "
+                    f"{self._checkpoint_folder()}; go on with --resume_from_checkpoint true"
+                )
         return output
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
@@ -366,15 +377,34 @@ class SegmentRewardTrainer(Trainer):
             rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
             require_files(checkpoint, ["optimizer.pt", "scheduler.pt", f"rng_state{rank}.pth"])
 
+    def check_room(self) -> None:
+        """DiskFullError, or a warning, where the checkpoints ahead and the model do not fit."""
+        args, state = self.args, self.state
+        if args.save_strategy == SaveStrategy.NO:
+            n_checkpoints = 0
+        elif args.save_strategy == SaveStrategy.EPOCH:
+            n_checkpoints = math.ceil(args.num_train_epochs - (state.epoch or 0))
+        else:
+            n_checkpoints = math.ceil((state.max_steps - state.global_step) / state.save_steps)
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        final = sum(p.nbytes for p in self.model.parameters())
+        checkpoint = trained if is_peft(self.model) else final
+        if not args.save_only_model and args.optim.startswith("adamw_torch"):
+            checkpoint += 2 * trained  # Adam's moments
+        warning = check_room(
+            args.output_dir, checkpoint, final, n_checkpoints, args.save_total_limit
+        )
+        if warning:
+            tqdm.write(warning)
+
     def _checkpoint_folder(self) -> Path:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         return Path(self._get_output_dir(None)) / name
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, limit = self._checkpoint_folder(), self.args.save_total_limit
-        aside = folder.with_name(f".{folder.name}.old")
+        aside = files.temporary_path(folder, "old")
         if self.args.should_save and folder.exists():
-            shutil.rmtree(aside, ignore_errors=True)
             os.replace(folder, aside)
         self.accelerator.wait_for_everyone()
         self.args.save_total_limit = None  # older checkpoints go only once this one is complete
