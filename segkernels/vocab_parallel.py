@@ -79,6 +79,7 @@ def vocab_parallel_logprobs_and_entropy(
             values are not checked, its log-probability is NaN if no shard has it.
         TypeError: dtypes that do not fit.
     """
+    check_floats("logits", logits)
     shard = (targets, vocab_start, temperature, mask)
     states = vocab_shard_stats(logits.detach(), *shard, backend=backend)
     return merge_vocab_stats(_all_gather(states, group), logits, *shard, backend=backend)
