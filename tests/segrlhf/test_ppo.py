@@ -386,8 +386,12 @@ def test_weights_that_are_not_finite_are_never_saved(lm, rm, tmp_path):
     assert len(resumed.train()) == 4
 
 
-def test_non_finite_weights_in_the_first_step_leave_nothing(lm, rm, prompts, tmp_path, capsys):
-    words = command(lm, rm, prompts, tmp_path / "out", learning_rate=1e30, weight_decay=1e30)[2:]
+# Each flag is in its range; the first two overflow together, and the last is 0 in float32.
+@pytest.mark.parametrize(
+    "bad", [{"learning_rate": 1e30, "weight_decay": 1e30}, {"adam_epsilon": 1e-50}]
+)
+def test_non_finite_weights_in_the_first_step_leave_nothing(lm, rm, prompts, tmp_path, capsys, bad):
+    words = command(lm, rm, prompts, tmp_path / "out", **bad)[2:]
     assert cli.main(words) == cli.EXIT_NON_FINITE
     assert "no checkpoint had been saved: start again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
