@@ -35,15 +35,19 @@ class Curve:
     positions: tuple[float, ...]
     means: tuple[float, ...]
     stds: tuple[float, ...]
-    # All of it for a kernel, [3 + 3 K] fp32 on the CPU: mean_slope, std_slope, min_std, positions,
+    # All of it for a kernel, [4 + 3 K] fp32 on the CPU: mean_slope, std_slope, min_std, K, positions,
     # means, stds. A tensor, because torch.compile compiles again for every new float.
     packed: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        lines = self.mean_slope, self.std_slope, self.min_std
-        numbers = *lines, *self.positions, *self.means, *self.stds
-        packed = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        packed = torch.tensor(self.numbers, dtype=torch.float32, device="cpu")
         object.__setattr__(self, "packed", packed)
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Those of ``packed``, as Python has them."""
+        head = self.mean_slope, self.std_slope, self.min_std, len(self.positions)
+        return *head, *self.positions, *self.means, *self.stds
 
     def mean(self, p: Tensor) -> Tensor:
         return self.mean_slope * p.log() + self._interpolate(p, self.means)

@@ -488,7 +488,7 @@ def test_each_op_is_one_launch_each_way(monkeypatch):
 
 def test_too_many_knots():
     x = torch.zeros(1, 4)
-    packed = torch.ones(3 + 3 * 65)
+    packed = torch.full((4 + 3 * 65,), 65.0)
     with pytest.raises(ValueError, match="expected at most 64 knots, got 65; merge neighbouring"):
         on_host().scatter_segment_rewards_fwd(
             rewards=native.floats(x),

@@ -38,9 +38,9 @@ namespace segk {
 using FloatsArg = std::tuple<uintptr_t, int>;
 // segkernels.native.rows: (rows, tokens per row of a grid, address of cu_seqlens or 0).
 using RowsArg = std::tuple<int64_t, int64_t, uintptr_t>;
-// (address of the floats that Curve.packed in normalizer.py gives, number of knots); the address is
-// 0 without a normaliser.
-using CurveArg = std::tuple<uintptr_t, int>;
+// (address of the floats that Curve.packed in normalizer.py gives, whether they are in the memory
+// of the GPU); the address is 0 without a normaliser.
+using CurveArg = std::tuple<uintptr_t, bool>;
 
 template <class T>
 T* at(uintptr_t address) {
@@ -56,10 +56,11 @@ inline Rows rows_of(RowsArg arg) {
 }
 
 inline Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {
-  const auto* packed = at<const float>(std::get<0>(arg));
-  Curve curve{0, 0, 0, std::get<1>(arg), nullptr};
-  if (packed) curve = {packed[0], packed[1], packed[2], std::get<1>(arg), packed + 3};
-  return {curve, static_cast<Spread>(spread), mean, clip};
+  return {{at<const float>(std::get<0>(arg))},
+          static_cast<Spread>(spread),
+          mean,
+          clip,
+          std::get<1>(arg)};
 }
 
 }  // namespace segk

@@ -577,15 +577,15 @@ void test_rewards_and_advantages(const Stream& s, DType dtype, Random& random) {
     const bool mean = choice++ % 2;
     const double clip = table.positions.empty() ? INFINITY : 0.75;
     where = stream + ", normaliser " + table.name;
-    Array<float> knots(static_cast<int64_t>(3 * table.positions.size()));
-    float* knot = knots.get();
+    const auto n_knots = static_cast<int64_t>(table.positions.size());
+    Array<float> packed(4 + 3 * n_knots);
+    const double head[] = {table.mean_slope, table.std_slope, table.min_std,
+                           static_cast<double>(n_knots)};
+    float* number = std::copy(std::begin(head), std::end(head), packed.get());
     for (const auto* heights : {&table.positions, &table.means, &table.stds}) {
-      knot = std::copy(heights->begin(), heights->end(), knot);
+      number = std::copy(heights->begin(), heights->end(), number);
     }
-    const Curve curve{static_cast<float>(table.mean_slope), static_cast<float>(table.std_slope),
-                      static_cast<float>(table.min_std),
-                      static_cast<int32_t>(table.positions.size()), knots.get()};
-    const Credit credit{curve, spread, mean, static_cast<float>(clip)};
+    const Credit credit{{packed.get()}, spread, mean, static_cast<float>(clip)};
     const std::vector<double> want =
         naive_token_rewards(s, rewards, ends, table, spread, mean, clip);
     Array<float> token_rewards = unwritten(s.tokens());

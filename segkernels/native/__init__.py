@@ -102,14 +102,19 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels serve ``tensor``, so that the host would have to wait for it."""
+    return tensor.is_cuda
+
+
 def kernels(tensor: Tensor) -> Any:
     """The module whose kernels serve the device of ``tensor``."""
-    return cuda_extension if tensor.is_cuda else extension
+    return cuda_extension if on_gpu(tensor) else extension
 
 
 def threads_or_stream(tensor: Tensor) -> int:
     """The last argument of every sequence kernel: the number of threads, or the current stream."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else threads()
+    return torch.cuda.current_stream(tensor.device).cuda_stream if on_gpu(tensor) else threads()
 
 
 def scratch(tensor: Tensor) -> Tensor:
