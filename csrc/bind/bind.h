@@ -18,8 +18,9 @@ void bind_gae(pybind11::module_& m);
 void bind_advantages(pybind11::module_& m);
 void bind_whiten(pybind11::module_& m);
 void bind_ppo_loss(pybind11::module_& m);
-void bind_normalizer(pybind11::module_& m);  // CPU modules only, as the next
-void bind_vocab(pybind11::module_& m);
+void bind_normalizer(pybind11::module_& m);
+void bind_normalizer_fit(pybind11::module_& m);  // the CUDA module only
+void bind_vocab(pybind11::module_& m);           // CPU modules only
 
 // The ops that CPUs and GPUs have.
 inline void bind_sequence_ops(pybind11::module_& m) {
@@ -30,6 +31,7 @@ inline void bind_sequence_ops(pybind11::module_& m) {
   bind_advantages(m);
   bind_whiten(m);
   bind_ppo_loss(m);
+  bind_normalizer(m);
 }
 
 namespace segk {

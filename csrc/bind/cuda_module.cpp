@@ -9,4 +9,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("build_info", [] { return "built for" SEGK_CUDA_TARGETS; });
   m.attr("SCRATCH_BYTES") = segk::kScratchBytes;
   bind_sequence_ops(m);
+  bind_normalizer_fit(m);
 }

@@ -11,12 +11,10 @@
 
 namespace segk {
 
-constexpr int kMaxKnots = 64;
-
 // A Credit as an argument of a kernel, with a copy of a curve that is in the host's memory.
 struct CreditArg {
   Credit credit;
-  float curve[4 + 3 * kMaxKnots];
+  float curve[kCurveNumbers];
 
   CreditArg(const char* op, const Credit& from) : credit(from), curve{} {
     if (from.curve_on_gpu || !from.curve.packed) return;
@@ -35,7 +33,7 @@ using SharedCurve = PackedCurve<volatile float>;
 
 // The curve in shared memory. All threads of the block call this at the same time.
 __device__ inline SharedCurve shared_curve(const CreditArg& arg) {
-  __shared__ float copy[4 + 3 * kMaxKnots];
+  __shared__ float copy[kCurveNumbers];
   const float* from = arg.credit.curve_on_gpu ? arg.credit.curve.packed : arg.curve;
   const int count = 4 + 3 * static_cast<int>(from[3]);
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {

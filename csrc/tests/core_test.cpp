@@ -519,9 +519,11 @@ void test_location_moments(const Stream& s, DType dtype, Random& random) {
     want.insert(want.end(), mean.begin(), mean.end());
     want.insert(want.end(), m2.begin(), m2.end());
     Array<double> moments(3 * bins, -1);
-    const int64_t not_finite =
-        location_moments(rewards, ends.get(), s.mask.get(), s.rows, bins, moments.get(), kThreads);
-    check(not_finite == 0, "location_moments: rewards that are not finite");
+    int64_t not_finite[2] = {-1, -1};
+    location_moments(rewards, ends.get(), s.mask.get(), s.rows, bins, moments.get(), not_finite,
+                     nullptr, kThreads);
+    check(not_finite[0] == 0 && not_finite[1] == 0,
+          "location_moments: rewards that are not finite");
     check_close("location_moments", moments, want, 1, size);
   }
 }

@@ -9,12 +9,14 @@ from .. import native
 from ..credit import SPREADS, Credit
 
 
-def credit_arguments(credit: Credit) -> tuple[Tensor | None, int, bool, float]:
-    """A credit as an operator takes it: (curve, spread, mean, clip).
+def credit_arguments(
+    credit: Credit, device: torch.device
+) -> tuple[Tensor | None, int, bool, float]:
+    """A credit as an operator on ``device`` takes it: (curve, spread, mean, clip).
 
     The curve is a tensor, because torch.compile compiles again for every new float.
     """
-    curve = None if credit.normalizer is None else credit.normalizer.curve.packed
+    curve = None if credit.normalizer is None else credit.normalizer.curve_on(device)
     return curve, SPREADS.index(credit.spread), credit.reduction == "mean", float(credit.clip)
 
 

@@ -36,4 +36,5 @@ PYBIND11_MODULE(cuda_on_host, m) {
   m.def("launches", [] { return cuda_on_host::launched.exchange(0); });
   m.def("run_faulty", &run_faulty);
   bind_sequence_ops(m);
+  bind_normalizer_fit(m);
 }

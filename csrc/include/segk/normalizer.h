@@ -10,6 +10,9 @@
 
 namespace segk {
 
+constexpr int kMaxKnots = 64;
+constexpr int kCurveNumbers = 4 + 3 * kMaxKnots;  // of a packed curve, at most
+
 // (reward - mean) / std, the latter floored.
 SEGK_HD inline float normalize(float reward, float mean, float std, float min_std) {
   return (reward - mean) / (std < min_std ? min_std : std);
@@ -51,10 +54,21 @@ struct PackedCurve {
 };
 using Curve = PackedCurve<float>;
 
+// The bin of segment k of `segments`.
+SEGK_HD inline int64_t bin_of(int64_t k, int64_t segments, int64_t bins) {
+  const double position = static_cast<double>(k + 1) / static_cast<double>(segments);
+  const double nearest = nearbyint(position * static_cast<double>(bins));
+  return nearest < 1 ? 0 : static_cast<int64_t>(nearest) - 1;
+}
+
 // moments [3, bins]: count, mean and summed squared deviation of the rewards of all segments whose
 // relative position (k + 1) / K, times `bins`, rounds to bin + 1 (half to even; 0 counts as 1).
-// Returns how many rewards are not finite; if any, the moments mean nothing. CPU only.
-int64_t location_moments(Floats rewards, const bool* ends, const bool* mask, Rows rows,
-                         int64_t bins, double* moments, Executor executor);
+// not_finite [2]: how many of those rewards are not finite, and of how many. If none is, both are
+// 0; if any is, the moments are.
+void location_moments(Floats rewards, const bool* ends, const bool* mask, Rows rows, int64_t bins,
+                      double* moments, int64_t* not_finite, void* scratch, Executor executor);
+
+// How many bytes of scratch memory it wants for rows like these.
+int64_t location_moments_scratch(Rows rows, int64_t bins);
 
 }  // namespace segk
