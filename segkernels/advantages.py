@@ -97,7 +97,7 @@ def segment_advantages(
         values.contiguous(),
         mask.contiguous(),
         layout.cu_seqlens,
-        *credit_arguments(credit),
+        *credit_arguments(credit, rewards.device),
         float(kl_coef),
         float(gamma),
         float(lam),

@@ -38,7 +38,7 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
     "segment_scores": {"native": ("cpu", "cuda")},
     "segment_bradley_terry": {"native": ("cpu", "cuda")},
     "scatter_segment_rewards": {"native": ("cpu", "cuda")},
-    "RunningLocationNormalizer": {"native": ("cpu",)},
+    "RunningLocationNormalizer": {"native": ("cpu", "cuda")},
     "gae": {"native": ("cpu", "cuda")},
     "segment_advantages": {"native": ("cpu", "cuda")},
     "whiten": {"native": ("cpu", "cuda")},

@@ -24,7 +24,7 @@ def grouped(x: Tensor, group: Tensor, n_groups: int) -> Tensor:
 def merge(left: Tensor, right: Tensor) -> Tensor:
     """Moments of both sets together."""
     count = left[0] + right[0]
-    share = torch.where(count > 0, right[0] / count, 0.0)
+    share = torch.where(count > 0, right[0] / count, right[0])  # a number would wait for the GPU
     delta = right[1] - left[1]
     mean = left[1] + delta * share
     m2 = left[2] + right[2] + delta.square() * left[0] * share

@@ -18,6 +18,7 @@ from torch import Tensor
 from .layout import number
 
 MAX_KNOTS = 64
+CURVE_NUMBERS = 4 + 3 * MAX_KNOTS  # of Curve.numbers, at most
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,19 @@ class Curve:
     positions: tuple[float, ...]
     means: tuple[float, ...]
     stds: tuple[float, ...]
-    # All of it for a kernel, [3 + 3 K] fp32 on the CPU: mean_slope, std_slope, min_std, positions,
-    # means, stds. A tensor, because torch.compile compiles again for every new float.
+    # All of it for a kernel, [4 + 3 K] fp32 on the CPU: mean_slope, std_slope, min_std, K, then
+    # positions, means and stds. A tensor, because torch.compile compiles again for every new float.
     packed: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        lines = self.mean_slope, self.std_slope, self.min_std
-        numbers = *lines, *self.positions, *self.means, *self.stds
-        packed = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        packed = torch.tensor(self.numbers, dtype=torch.float32, device="cpu")
         object.__setattr__(self, "packed", packed)
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Those of ``packed``, as Python has them."""
+        head = self.mean_slope, self.std_slope, self.min_std, len(self.positions)
+        return *head, *self.positions, *self.means, *self.stds
 
     def mean(self, p: Tensor) -> Tensor:
         return self.mean_slope * p.log() + self._interpolate(p, self.means)
@@ -71,6 +76,10 @@ class Normalizer:
     @property
     def curve(self) -> Curve:
         return self._curve
+
+    def curve_on(self, device: torch.device) -> Tensor:
+        """``Curve.packed`` for kernels on ``device``: in its memory, or else in the host's."""
+        return self.curve.packed
 
     def mean(self, p: Tensor) -> Tensor:
         """Expected reward of a segment at relative position p (floating tensor, in (0, 1])."""
@@ -107,16 +116,21 @@ def _finite(owner: str, name: str, value: float) -> float:
     return value
 
 
+def check_min_std(owner: str, min_std: float, got: str = "") -> float:
+    min_std = number(f"{owner}: min_std", min_std)
+    if not (min_std > 0 and math.isfinite(min_std)):
+        raise ValueError(
+            f"{owner}: min_std: expected a positive number, got {got or min_std}; pass min_std=, "
+            "the smallest std that rewards may be divided by"
+        )
+    return min_std
+
+
 def _std_floor(owner: str, min_std: float | None, std: float, where: str) -> float:
     """min_std, or a tenth of ``std``; positive."""
-    floor = std / 10 if min_std is None else number(f"{owner}: min_std", min_std)
-    if not (floor > 0 and math.isfinite(floor)):
-        got = f"{floor}" if min_std is not None else f"a tenth of {where} = {std}"
-        raise ValueError(
-            f"{owner}: min_std: expected a positive number, got {got}; pass min_std=, the smallest "
-            "std that rewards may be divided by"
-        )
-    return floor
+    if min_std is not None:
+        return check_min_std(owner, min_std)
+    return check_min_std(owner, std / 10, f"a tenth of {where} = {std}")
 
 
 class LocationNormalizer(Normalizer):

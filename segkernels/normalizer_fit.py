@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from .normalizer import MAX_KNOTS, LocationNormalizer, TableNormalizer
 
 POSITION_STEPS = 1000  # positions are rounded to 3 decimals before they are grouped
 SEGMENTS_PER_KNOT = 32
+NO_SEGMENT = (
+    "RunningLocationNormalizer: no segment to fit to; call update(rewards, ends, mask) with a "
+    "batch that has segments before refit()"
+)
+# Of segk::FittedForms in csrc/include/segk/normalizer_fit.h: how many numbers it has, and which
+# outcomes.
+FITTED, NO_SEGMENTS = 0, 1
+FORMS_NUMBERS = 8 + 3 * MAX_KNOTS
 
 
 def huber_line(x: Tensor, y: Tensor, epsilon: float = 1.35) -> tuple[float, float]:
@@ -141,34 +150,76 @@ def binned_moments(p: Tensor, rewards: Tensor, bins: int) -> Tensor:
 
 
 def fit_moments(binned: Tensor, epsilon: float, min_std: float | None) -> LocationFit:
-    """Both forms from moments ``[3, bins]``, bin i being that of position (i + 1) / bins."""
-    # Half an observation: a bin that decay has emptied.
-    seen = (binned[0] >= 0.5).nonzero().squeeze(1)
-    bins = binned.shape[1]
-    positions = (seen + 1).double() / bins
-    count, mean, m2 = binned[:, seen]
-    std = (m2 / count).sqrt()
+    """Both forms from moments ``[3, bins]``, bin i being that of position (i + 1) / bins.
+
+    Raises RuntimeError where there is no segment.
+    """
+    positions, means, stds, counts, m2 = _seen(binned)
+    if not len(positions):
+        raise RuntimeError(NO_SEGMENT)
     log_p = positions.log()
-    mean_slope, mean_intercept = huber_line(log_p, mean, epsilon)
-    std_slope, std_intercept = huber_line(log_p, std, epsilon)
+    mean_slope, mean_intercept = huber_line(log_p, means, epsilon)
+    std_slope, std_intercept = huber_line(log_p, stds, epsilon)
     return LocationFit(
         LocationNormalizer(mean_slope, mean_intercept, std_slope, std_intercept, min_std),
-        _table(positions, count, mean, m2, min_std),
-        _r2(mean, mean_slope * log_p + mean_intercept),
-        _r2(std, std_slope * log_p + std_intercept),
+        _table(positions, counts, means, m2, min_std),
+        _r2(means, mean_slope * log_p + mean_intercept),
+        _r2(stds, std_slope * log_p + std_intercept),
         positions,
-        mean,
-        std,
-        count,
+        means,
+        stds,
+        counts,
+    )
+
+
+def _seen(binned: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(positions, means, stds, counts, m2) of the bins with half an observation or more."""
+    seen = (binned[0] >= 0.5).nonzero().squeeze(1)  # decay empties bins
+    count, mean, m2 = binned[:, seen]
+    return (seen + 1).double() / binned.shape[1], mean, (m2 / count).sqrt(), count, m2
+
+
+class FitOnGPU(LocationFit):
+    """A fit that is still on a GPU: its fields are read, or raise, when one is looked at.
+
+    forms: ``[FORMS_NUMBERS]``, binned: ``[3, bins]``, what was fitted to; both fp64.
+    """
+
+    def __init__(self, forms: Tensor, binned: Tensor, min_std: float | None) -> None:
+        vars(self).update(_unread=(forms, binned, min_std))
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in LocationFit.__dataclass_fields__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        forms, binned, min_std = self._unread
+        positions, means, stds, counts, _ = _seen(binned.cpu())
+        fit = LocationFit(*forms_of(forms, min_std), positions, means, stds, counts)
+        vars(self).update(vars(fit))
+        return vars(self)[name]
+
+
+def forms_of(
+    forms: Tensor, min_std: float | None
+) -> tuple[LocationNormalizer, TableNormalizer, float, float]:
+    """(line, table, r2_mean, r2_std) that a GPU has fitted; raises as ``fit_moments``."""
+    outcome, mean_slope, mean_at_1, std_slope, std_at_1, *r2, n_knots = forms[:8].tolist()
+    if outcome == NO_SEGMENTS:
+        raise RuntimeError(NO_SEGMENT)
+    positions, means, stds = forms[8:].view(3, MAX_KNOTS)[:, : int(n_knots)].tolist()
+    return (
+        LocationNormalizer(mean_slope, mean_at_1, std_slope, std_at_1, min_std),
+        TableNormalizer(positions, means, stds, min_std),
+        *r2,
     )
 
 
 def _table(
     positions: Tensor, count: Tensor, mean: Tensor, m2: Tensor, min_std: float | None
 ) -> TableNormalizer:
-    total = count.sum().item()
+    upto = count.cumsum(0)
+    total = upto[-1].item()
     n_knots = min(MAX_KNOTS, len(positions), max(1, int(total / SEGMENTS_PER_KNOT)))
-    middle = count.cumsum(0) - count / 2
+    middle = upto - count / 2
     knot = (middle * (n_knots / total)).long().clamp(max=n_knots - 1)
     knot = knot.unique(return_inverse=True)[1]  # a position with many segments skips knots
     # A rare position between two frequent ones joins the next knot: its own std may be zero.

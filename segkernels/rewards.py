@@ -77,5 +77,5 @@ def scatter_segment_rewards(
         ends.contiguous(),
         mask.contiguous(),
         layout.cu_seqlens,
-        *native.credit_arguments(credit),
+        *native.credit_arguments(credit, rewards.device),
     )

@@ -1,11 +1,13 @@
 """The CUDA kernels: on the host, where a small stand-in for CUDA runs them, and on a GPU."""
 
 import functools
+import math
 from types import SimpleNamespace
 
 import pytest
 import test_advantages
 import test_bradley_terry
+import test_normalizer
 import test_ppo_loss
 import test_segments
 import torch
@@ -16,6 +18,7 @@ from test_rewards import CREDITS, NORMALIZERS
 from tolerance import assert_close
 
 from segkernels import (
+    RunningLocationNormalizer,
     TableNormalizer,
     gae,
     native,
@@ -28,6 +31,9 @@ from segkernels import (
 )
 from segkernels.backend import explain
 from segkernels.native.rewards import curve_address
+from segkernels.native.running_normalizer import fit_location, location_moments
+from segkernels.normalizer_fit import FitOnGPU, fit_moments
+from segkernels.reference import running_normalizer as reference
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 NAN = float("nan")
@@ -103,6 +109,14 @@ def device(request, monkeypatch):
     monkeypatch.setattr(native, "empty", device.empty)
     yield device
     device.check_guards()
+
+
+@pytest.fixture
+def in_memory(device, monkeypatch):
+    """The device, where a curve and a normaliser's state in its memory count as a GPU's."""
+    if device.name == "host":
+        monkeypatch.setattr(native, "on_gpu", lambda tensor: True)
+    return device
 
 
 def doubles(args):
@@ -387,6 +401,25 @@ def test_scatter(device, case, normalizer):
 
 
 @case_names
+@pytest.mark.parametrize("normalizer", [*NORMALIZERS, "64 knots"])
+def test_a_curve_is_read_from_memory(device, case, normalizer, monkeypatch):
+    fitted = SIXTY_FOUR if normalizer == "64 knots" else NORMALIZERS[normalizer][0]
+    if fitted is None:
+        return
+    args = test_advantages.draw(case)
+    flat = {"cu_seqlens": case.cu_seqlens, "normalizer": fitted}
+    ops = (segment_advantages, args), (scatter_segment_rewards, (*args[:2], case.mask))
+    from_host = [device.run(op, args, **flat) for op, args in ops]
+    if device.name == "host":
+        monkeypatch.setattr(native, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(type(fitted), "curve_on", lambda self, device: self.curve.packed.to(device))
+    from_memory = [device.run(op, args, **flat) for op, args in ops]
+    for got, expected in zip(from_memory, from_host, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@case_names
 @storage
 def test_gae(device, case, dtype):
     rewards, _, _, _, values, mask = test_advantages.draw(case, dtype)
@@ -431,7 +464,292 @@ def test_whiten(device, case, dtype, center):
     assert_close(case.flat(padded), baseline, truth)
 
 
+# The running normaliser
+
+TO_ROUNDING = {"rtol": 1e-12, "atol": 1e-12}
+# Both iterations end when a step is below 1e-12, so they end that close to each other.
+TO_ITERATION = {"rel": 1e-9, "abs": 1e-10}
+
+
+def binned(device, case, args, bins):
+    """(moments, not finite) of a flat stream on the device."""
+    rewards, ends, mask = (x.to(device.torch) for x in args)
+    out = location_moments(rewards, ends, mask, case.cu_seqlens.to(device.torch), bins)
+    return tuple(x.cpu() for x in out)
+
+
+@case_names
+@storage
+@pytest.mark.parametrize("bins", [1, 7, 1000])
+def test_moments_of_positions(in_memory, case, dtype, bins):
+    rewards, ends, *_ = test_advantages.draw(case, dtype)
+    args = rewards, ends, case.mask
+    got, not_finite = binned(in_memory, case, args, bins)
+    expected = reference.location_moments(*args, case.cu_seqlens, bins)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got, expected, **TO_ROUNDING)
+    assert not_finite.tolist() == [0, 0]
+    grid = [x.to(in_memory.torch) for x in grids(case, args)]
+    padded, _ = location_moments(*grid, None, bins)
+    assert torch.equal(padded.cpu()[0], expected[0])
+    torch.testing.assert_close(padded.cpu(), expected, **TO_ROUNDING)
+
+
+def test_moments_of_more_rows_than_parts(in_memory):
+    """Several rows of a part share a table, long and short ones."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 40, (5000,), generator=g).tolist()
+    lengths[7::900] = [700] * len(lengths[7::900])
+    case = _case(lengths, "holes", 1)
+    rewards, ends, *_ = test_advantages.draw(case)
+    args = rewards, ends, case.mask
+    got, _ = binned(in_memory, case, args, 100)
+    torch.testing.assert_close(
+        got, reference.location_moments(*args, case.cu_seqlens, 100), **TO_ROUNDING
+    )
+
+
+def test_rewards_that_are_not_finite_are_counted(in_memory):
+    case = EVERY["uneven long rows"]
+    rewards, ends, *_ = test_advantages.draw(case)
+    at = (case.mask & ends).nonzero().squeeze(1)
+    rewards[at[[0, 5, -1]]] = torch.tensor([NAN, math.inf, -math.inf])
+    moments, not_finite = binned(in_memory, case, (rewards, ends, case.mask), 10)
+    assert not moments.any()
+    assert not_finite.tolist() == [3, len(at)]
+
+
+def synthetic(name):
+    """Moments [3, bins] that ask for one thing each."""
+    g = torch.Generator().manual_seed(0)
+    bins = 7 if name == "few bins" else 2500 if name == "many bins" else 1000
+    x = (torch.arange(1, bins + 1).double() / bins).log()
+    noise = 0.2 * torch.randn(2, bins, generator=g, dtype=torch.float64)
+    count = torch.randint(1, 60, (bins,), generator=g).double()
+    mean, std = 0.8 * x + 0.5 + noise[0], (0.1 * x + 2.5 + noise[1]).abs()
+    if name == "outliers":
+        mean[::9] += 20
+    elif name == "bump":
+        mean = torch.where((x.exp() > 0.3) & (x.exp() < 0.7), 5.0, 0.0) + noise[0]
+    elif name == "decayed":
+        count = count * 0.9 ** torch.randint(0, 60, (bins,), generator=g).double()
+    elif name == "sparse":
+        count = torch.where(torch.rand(bins, generator=g) < 0.03, count, 0.0)
+    elif name == "frequent and rare":
+        count[::3] = 5000
+    elif name == "one position":
+        count[:-1] = 0
+    elif name == "exact line":
+        mean, std = 0.8 * x + 0.5, 0.1 * x + 2.5
+    elif name == "few segments":
+        count = torch.where(torch.arange(bins) % 100 == 99, 4.0, 0.0)
+    elif name == "rewards of 0":
+        mean = 0 * mean
+    moments = torch.stack([count, mean, count * std.square()])
+    return torch.where(count > 0, moments, 0.0)
+
+
+SYNTHETIC = ["line", "outliers", "bump", "decayed", "sparse", "frequent and rare", "one position"]
+SYNTHETIC += ["exact line", "few segments", "rewards of 0", "few bins", "many bins"]
+
+
+def assert_same_fit(got, expected):
+    for name in ("positions", "counts", "means", "stds"):
+        assert torch.equal(getattr(got, name), getattr(expected, name))
+    for form in ("line", "table"):
+        numbers, wanted = (getattr(fit, form).curve.numbers for fit in (got, expected))
+        assert numbers == pytest.approx(wanted, **TO_ITERATION)
+    assert got.r2_mean == pytest.approx(expected.r2_mean, rel=1e-8, abs=1e-8)
+    assert got.r2_std == pytest.approx(expected.r2_std, rel=1e-8, abs=1e-8)
+    assert type(got.best) is type(expected.best)
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+@pytest.mark.parametrize(("epsilon", "min_std"), [(1.35, None), (1.05, 0.3), (3.0, None)])
+def test_fit_is_that_of_the_host(in_memory, name, epsilon, min_std):
+    moments = synthetic(name)
+    expected = fit_moments(moments, epsilon, min_std)
+    forms, curve = fit_location(moments.to(in_memory.torch), epsilon, min_std)
+    assert_same_fit(FitOnGPU(forms, moments, min_std), expected)
+    numbers = expected.best.curve.numbers
+    assert curve[: len(numbers)].tolist() == pytest.approx(numbers, **TO_ITERATION)
+    assert not curve[len(numbers) :].any()
+
+
+@pytest.fixture
+def host_as_gpu(monkeypatch):
+    """The stand-in, with memory as torch gives it."""
+    monkeypatch.setattr(native, "kernels", lambda tensor: on_host())
+    monkeypatch.setattr(native, "executor", lambda tensor: (0, 0))
+    monkeypatch.setattr(native, "on_gpu", lambda tensor: True)
+
+
+def test_fit_is_a_custom_operator(host_as_gpu):
+    for name, min_std in (("line", None), ("few bins", 0.5)):
+        torch.library.opcheck(fit_location, (synthetic(name), 1.35, min_std))
+
+
+def on(device, batch):
+    return [x.to(device.torch) for x in batch]
+
+
+def running_pair(device, n_batches, **options):
+    """The same history in two normalisers: on the device, and by the definition on the host."""
+    there, here = (RunningLocationNormalizer(**options) for _ in range(2))
+    for seed in range(n_batches):
+        batch = test_normalizer.batch_of(seed)
+        there.update(*on(device, batch))
+        here.update(*batch, backend="reference")
+        if seed % 2:
+            there.all_reduce()
+            here.all_reduce()
+    return there, here
+
+
+def assert_same_state(got, expected):
+    """Of two state_dicts: the bins and counts exactly, the rest to rounding."""
+    assert [k for k in got if got[k] is None] == [k for k in expected if expected[k] is None]
+    for key in ("past", "batch"):
+        if got[key] is None:
+            continue
+        assert got[key]["bin"] == expected[key]["bin"]
+        assert got[key]["count"] == expected[key]["count"]
+        for name in ("mean", "m2"):
+            assert got[key][name] == pytest.approx(expected[key][name], rel=1e-12, abs=1e-12)
+    if got["applied"] is not None:
+        assert got["applied"]["type"] == expected["applied"]["type"]
+        for key, value in expected["applied"].items():
+            if key != "type":
+                assert got["applied"][key] == pytest.approx(value, **TO_ITERATION)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.7])
+@pytest.mark.parametrize("n_batches", [1, 5])
+def test_running_is_that_of_the_host(in_memory, decay, n_batches):
+    there, here = running_pair(in_memory, n_batches, decay=decay, bins=200)
+    assert_same_state(there.state_dict(), here.state_dict())
+    assert_same_fit_of_running(there.refit(), here.refit())
+    assert_same_state(there.state_dict(), here.state_dict())
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    for running in (there, here):
+        running.all_reduce()  # an empty batch, and one without segments
+    there.update(*on(in_memory, (torch.full((2, 3), NAN), none, none)))
+    here.update(torch.full((2, 3), NAN), none, none, backend="reference")
+    assert_same_state(there.state_dict(), here.state_dict())
+
+
+def assert_same_fit_of_running(got, expected):
+    assert torch.equal(got.counts, expected.counts)
+    torch.testing.assert_close(got.means, expected.means, **TO_ROUNDING)
+    torch.testing.assert_close(got.stds, expected.stds, **TO_ROUNDING)
+    assert got.best.curve.numbers == pytest.approx(expected.best.curve.numbers, **TO_ITERATION)
+
+
+@pytest.mark.parametrize("bump", [0.0, 5.0])
+def test_running_pays_what_its_fit_pays(in_memory, bump):
+    """A line and a table, which segment_advantages reads where the fit has left it."""
+    running = RunningLocationNormalizer(min_std=0.1)
+    rewards, ends, mask = test_normalizer.batch_of(3)
+    at_middle = torch.arange(30).expand(40, 30) % 30 // 10 == 1
+    batch = on(in_memory, (rewards + bump * at_middle, ends, mask))
+    running.update(*batch)
+    best = running.refit().best
+    assert torch.equal(
+        running.curve_on(batch[0].device)[: len(best.curve.packed)].cpu(), best.curve.packed
+    )
+    credit = {"spread": "even", "reduction": "mean"}
+    of_running, of_fit = (
+        scatter_segment_rewards(*batch, normalizer=n, **credit) for n in (running, best)
+    )
+    assert torch.equal(of_running, of_fit)
+
+
+def test_running_state_goes_between_devices(in_memory):
+    there, here = running_pair(in_memory, 3, decay=0.9, bins=100, min_std=0.05)
+    there.refit()
+    here.refit()
+    state = there.state_dict()
+    back = RunningLocationNormalizer.from_state_dict(state)  # on the host
+    assert back.state_dict() == state
+    batch = test_normalizer.batch_of(7)
+    back.update(*on(in_memory, batch))  # takes it to the device
+    there.update(*on(in_memory, batch))
+    assert back.state_dict() == there.state_dict()
+    memory = there.curve_on(there._past.device).data_ptr()
+    there.load_state_dict(here.state_dict())
+    assert there.state_dict() == here.state_dict()
+    assert there.curve_on(there._past.device).data_ptr() == memory
+    assert there.curve == here.curve
+
+
+def test_running_reports_what_it_found_when_it_is_read(in_memory):
+    running = RunningLocationNormalizer(bins=50)
+    batch = on(in_memory, test_normalizer.batch_of(0))
+    running.update(*batch)
+    with pytest.raises(RuntimeError, match="never fitted"):
+        scatter_segment_rewards(*batch, normalizer=running)
+    before = running.state_dict()
+    rewards, ends, mask = test_normalizer.batch_of(1)
+    rewards[tuple(ends.nonzero()[0])] = math.inf
+    for _ in range(2):
+        running.update(*on(in_memory, (rewards, ends, mask)))
+    n = 2 * int(ends.sum())
+    with pytest.raises(ValueError, match=rf"expected finite rewards at .* got 2 of {n} that are"):
+        running.state_dict()
+    assert running.state_dict() == before
+    running.check()
+
+
+@pytest.mark.parametrize(
+    ("moments", "error", "message"),
+    [
+        ("no segment", RuntimeError, r"no segment to fit to; call update\("),
+        ("no spread", ValueError, "min_std: .* a tenth of std_intercept = 0.0; pass min_std="),
+    ],
+)
+def test_running_keeps_its_curve_when_a_fit_cannot_be_applied(in_memory, moments, error, message):
+    running = RunningLocationNormalizer()
+    rewards, ends, mask = on(in_memory, test_normalizer.batch_of(0))
+    constant = torch.full_like(rewards, 2.0)
+    never = torch.zeros_like(ends)
+    bad = (constant, ends, mask) if moments == "no spread" else (rewards, never, mask)
+    running.update(*bad)
+    fit = running.refit()
+    paid = scatter_segment_rewards(rewards, ends, mask, normalizer=running)
+    assert paid[(ends & mask)].isnan().all()  # no fit was ever applied
+    for look in (lambda: fit.line, running.check):
+        with pytest.raises(error, match=message):
+            look()
+    with pytest.raises(RuntimeError, match="never fitted"):
+        running.mean(torch.ones(1))
+
+    fine = RunningLocationNormalizer()
+    fine.update(rewards, ends, mask)
+    fine.refit()
+    before = fine.curve
+    fine.load_state_dict({**fine.state_dict(), "past": running.state_dict()["past"]})
+    fine.refit()
+    with pytest.raises(error, match=message):
+        fine.check()
+    assert fine.curve == before
+
+
+def test_running_takes_one_launch_for_moments_and_one_for_the_fit(host_as_gpu):
+    running = RunningLocationNormalizer()
+    on_host().launches()
+    running.update(*test_normalizer.batch_of(0))
+    assert on_host().launches() == 1
+    running.refit()
+    assert on_host().launches() == 1
+
+
 # All of them
+
+
+def learnt(rewards, ends, mask, *, cu_seqlens, backend):
+    """What a running normaliser collects, and its fit."""
+    moments, not_finite = location_moments(rewards, ends, mask, cu_seqlens, 100)
+    return moments, not_finite, *fit_location(moments, 1.35, 0.1)
 
 
 def everything(device, case, dtype=torch.float32):
@@ -449,6 +767,7 @@ def everything(device, case, dtype=torch.float32):
         "gae": device.run(gae, (rewards, values, mask), **flat),
         "advantages": device.run(segment_advantages, stream, normalizer=line, **flat),
         "whiten": [device.run(whiten, (values, mask))],
+        "running": device.run(learnt, (rewards, ends, mask), **flat),
     }
     if len(case.lengths) % 2 == 0:
         op = slopes(segment_bradley_terry)
@@ -573,7 +892,7 @@ def test_each_op_is_one_launch_each_way(monkeypatch):
 
 def test_too_many_knots():
     x = torch.zeros(1, 4)
-    packed = torch.ones(3 + 3 * 65)
+    packed = torch.full((4 + 3 * 65,), 65.0)
     with pytest.raises(ValueError, match="expected at most 64 knots, got 65; merge neighbouring"):
         on_host().scatter_segment_rewards_fwd(
             rewards=native.floats(x),
@@ -631,6 +950,61 @@ def test_gpu_graph_capture(gpu):
         graph.replay()
         for a, b in zip(captured, path(), strict=True):
             assert torch.equal(a, b)
+
+
+def learning_rollouts(gpu):
+    """(a step that learns from a rollout and uses what it learnt, its normaliser, its inputs)."""
+    case = EVERY["uneven long rows"]
+    stream = stream_of(case, gpu)
+    cu_seqlens = case.cu_seqlens.to(gpu)
+    running = RunningLocationNormalizer(decay=0.9)
+
+    def step():
+        running.update(stream[0], stream[1], stream[5], cu_seqlens=cu_seqlens)
+        running.refit()
+        return segment_advantages(*stream, cu_seqlens=cu_seqlens, normalizer=running)
+
+    return step, running, stream[0]
+
+
+@pytest.mark.gpu
+def test_gpu_graph_holds_update_refit_and_advantages(gpu):
+    (captured_step, captured, rewards), (step, running, same_rewards) = (
+        learning_rollouts(gpu) for _ in range(2)
+    )
+    with torch.cuda.stream(torch.cuda.Stream()):
+        captured_step()  # loads the kernels, and takes the state to the GPU
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = captured_step()
+    for shift in (0.0, 1.0, 3.0):
+        rewards.mul_(1 + shift)
+        same_rewards.mul_(1 + shift)
+        graph.replay()
+        for a, b in zip(out, step(), strict=True):
+            assert torch.equal(a, b)
+        assert captured == running
+    captured.load_state_dict(RunningLocationNormalizer(decay=0.9).state_dict())
+    running.load_state_dict(captured.state_dict())
+    graph.replay()
+    for a, b in zip(out, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_gpu_learns_without_being_waited_for(gpu):
+    step, running, _ = learning_rollouts(gpu)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        running.all_reduce()
+        fit = running.refit()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert fit.best == RunningLocationNormalizer.from_state_dict(running.state_dict())._applied
 
 
 @pytest.mark.gpu

@@ -19,8 +19,9 @@ void bind_gae(pybind11::module_& m);
 void bind_advantages(pybind11::module_& m);
 void bind_whiten(pybind11::module_& m);
 void bind_ppo_loss(pybind11::module_& m);
-void bind_normalizer(pybind11::module_& m);  // CPU modules only, as the next
-void bind_vocab(pybind11::module_& m);
+void bind_normalizer(pybind11::module_& m);
+void bind_normalizer_fit(pybind11::module_& m);  // the CUDA module only
+void bind_vocab(pybind11::module_& m);           // CPU modules only
 
 // The ops that CPUs and GPUs have.
 inline void bind_sequence_ops(pybind11::module_& m) {
@@ -31,6 +32,7 @@ inline void bind_sequence_ops(pybind11::module_& m) {
   bind_advantages(m);
   bind_whiten(m);
   bind_ppo_loss(m);
+  bind_normalizer(m);
 }
 
 namespace segk {
@@ -41,9 +43,9 @@ using FloatsArg = std::tuple<uintptr_t, int>;
 using RowsArg = std::tuple<int64_t, int64_t, uintptr_t>;
 // segkernels.native.executor: (number of threads or address of a cudaStream_t, index of the GPU).
 using ExecutorArg = std::tuple<int64_t, int>;
-// (address of the floats that Curve.packed in normalizer.py gives, number of knots); the address is
-// 0 without a normaliser.
-using CurveArg = std::tuple<uintptr_t, int>;
+// (address of the floats that Curve.packed in normalizer.py gives, whether they are in the memory
+// of the GPU); the address is 0 without a normaliser.
+using CurveArg = std::tuple<uintptr_t, bool>;
 
 template <class T>
 T* at(uintptr_t address) {
@@ -61,10 +63,11 @@ inline Rows rows_of(RowsArg arg) {
 inline Executor executor_of(ExecutorArg arg) { return {std::get<0>(arg), std::get<1>(arg)}; }
 
 inline Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {
-  const auto* packed = at<const float>(std::get<0>(arg));
-  Curve curve{0, 0, 0, std::get<1>(arg), nullptr};
-  if (packed) curve = {packed[0], packed[1], packed[2], std::get<1>(arg), packed + 3};
-  return {curve, static_cast<Spread>(spread), mean, clip};
+  return {{at<const float>(std::get<0>(arg))},
+          static_cast<Spread>(spread),
+          mean,
+          clip,
+          std::get<1>(arg)};
 }
 
 }  // namespace segk

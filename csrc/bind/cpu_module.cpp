@@ -17,7 +17,6 @@ PYBIND11_MODULE(SEGK_MODULE, m) {
   m.def("chosen_isa", segk::chosen_isa);
   m.attr("SCRATCH_BYTES") = 0;
   bind_sequence_ops(m);
-  bind_normalizer(m);
   bind_vocab(m);
 
   // The scans' operators, so that tests can combine in any order.

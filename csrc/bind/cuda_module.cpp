@@ -18,4 +18,5 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.attr("SCRATCH_BYTES") = segk::kScratchBytes;
   bind_sequence_ops(m);
+  bind_normalizer_fit(m);
 }

@@ -18,23 +18,19 @@ namespace {
 constexpr int64_t kRowsPerGroup = 64;  // fewer would not pay for a table
 constexpr int64_t kMostGroups = 16;
 
-int64_t bin_of(int64_t k, int64_t segments, int64_t bins) {
-  const double position = static_cast<double>(k + 1) / static_cast<double>(segments);
-  const double nearest = std::nearbyint(position * static_cast<double>(bins));
-  return std::max<int64_t>(static_cast<int64_t>(nearest), 1) - 1;
-}
-
 }  // namespace
 
-int64_t location_moments(Floats rewards, const bool* ends, const bool* mask, Rows rows,
-                         int64_t bins, double* moments, Executor executor) {
+int64_t location_moments_scratch(Rows, int64_t) { return 0; }
+
+void location_moments(Floats rewards, const bool* ends, const bool* mask, Rows rows, int64_t bins,
+                      double* moments, int64_t* not_finite, void*, Executor executor) {
   const Flags marks = flags_of(ends);
   const Flags actions = flags_of(mask);
   const int64_t groups =
       std::clamp<int64_t>((rows.count + kRowsPerGroup - 1) / kRowsPerGroup, 1, kMostGroups);
   const int64_t size = (rows.count + groups - 1) / groups;
   std::vector<Moments> tables(static_cast<size_t>(groups * bins), Moments{0, 0, 0});
-  std::atomic<int64_t> not_finite{0};
+  std::atomic<int64_t> found{0};
 
   with_storage(
       [&](auto r) {
@@ -49,7 +45,7 @@ int64_t location_moments(Floats rewards, const bool* ends, const bool* mask, Row
                 begin, end,
                 [&](int64_t t) {
                   const double reward = r[t];
-                  if (!std::isfinite(reward)) ++not_finite;
+                  if (!std::isfinite(reward)) ++found;
                   Moments& bin = table[bin_of(--k, segments, bins)];
                   bin = combine(bin, Moments{1, reward, 0});
                 },
@@ -60,16 +56,20 @@ int64_t location_moments(Floats rewards, const bool* ends, const bool* mask, Row
       },
       rewards);
 
+  double all_segments = 0;
   for (int64_t bin = 0; bin < bins; ++bin) {
     Moments all = tables[bin];
     for (int64_t group = 1; group < groups; ++group) {
       all = combine(all, tables[group * bins + bin]);
     }
+    all_segments += all.count;
+    if (found) all = {0, 0, 0};
     moments[bin] = all.count;
     moments[bins + bin] = all.mean;
     moments[2 * bins + bin] = all.m2;
   }
-  return not_finite;
+  not_finite[0] = found;
+  not_finite[1] = found ? static_cast<int64_t>(all_segments) : 0;
 }
 
 }  // namespace segk

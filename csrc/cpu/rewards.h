@@ -162,16 +162,19 @@ struct RewardScatter {
     length[0] = static_cast<float>(actions_upto[0] - earlier);
     for (int32_t i = 1; i < found; ++i)
       length[i] = static_cast<float>(actions_upto[i] - actions_upto[i - 1]);
-    if (curve.n_knots > 0) {
+    const int32_t n_knots = curve.n_knots();
+    if (n_knots > 0) {
       for (int32_t i = 0; i < found; ++i) log_position[i] = log_float(position[i]);
     }
-    if (curve.n_knots == 0) {
+    if (n_knots == 0) {
       for (int32_t i = 0; i < found; ++i) token_rewards[i] = reward[i];
-    } else if (curve.n_knots == 1) {
-      const float mean = curve.knots[1];
-      const float std = curve.knots[2];
+    } else if (n_knots == 1) {
+      const float mean_slope = curve.packed[0], std_slope = curve.packed[1];
+      const float min_std = curve.packed[2];
+      const float mean = curve.packed[5], std = curve.packed[6];
       for (int32_t i = 0; i < found; ++i) {
-        token_rewards[i] = curve.normalize_by(reward[i], log_position[i], mean, std);
+        token_rewards[i] = normalize(reward[i], mean + mean_slope * log_position[i],
+                                     std + std_slope * log_position[i], min_std);
       }
     } else {
       for (int32_t i = 0; i < found; ++i) {
@@ -195,7 +198,7 @@ struct RewardScatter {
     const int64_t total = k + after.segments;
     float open = 0;  // the token reward of tokens whose end lies behind the chunk
     if (after.segments) {
-      open = credit.token_reward(rewards[after.first_end], k, total,
+      open = credit.token_reward(credit.curve, rewards[after.first_end], k, total,
                                  tail(begin, end, before.tail) + after.head);
     }
     for (int64_t stop = end; stop > begin;) {

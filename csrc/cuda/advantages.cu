@@ -25,13 +25,14 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   // What a thread keeps for itself while rewards are scattered; registers would be spilled.
   __shared__ float values[kItems][kMaxThreads];
   __shared__ float kl[kItems][kMaxThreads];
+  __shared__ double carried[kMaxThreads];
   const unsigned mine = threadIdx.x;
-  const Credit credit = a.scatter.credit.on_device();
+  const SharedCurve curve = shared_curve(a.scatter.credit);
   for_each_row(a.scatter.rows, int64_t{blockIdx.x} * a.scatter.rows_per_block,
                a.scatter.rows_per_block, [&](Group group, int64_t, int64_t begin, int64_t end) {
                  const Tiles tiles(group, begin, end);
-                 RewardScatter scatter(group, a.scatter, credit, tiles);
-                 double carried = 0;
+                 RewardScatter scatter(group, a.scatter, curve, tiles);
+                 carried[mine] = 0;
                  for (int32_t tile = tiles.count() - 1; tile >= 0; --tile) {
                    const Items items = tiles.items(tile);
                    const uint32_t action = load_flags(a.scatter.mask, items);
@@ -54,7 +55,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
                    float advantages[kItems], returns[kItems];
                    const auto reward = [&](int i) { return rewards[i] - a.kl_coef * kl[i][mine]; };
                    const auto value = [&](int i) { return values[i][mine]; };
-                   estimate_tile(group, a.gae, action, reward, value, carried, advantages, returns);
+                   estimate_tile(group, a.gae, action, reward, value, carried[mine], advantages,
+                                 returns);
                    store(advantages, a.advantages, items);
                    store(returns, a.returns, items);
                  }

@@ -9,11 +9,11 @@ namespace {
 
 __global__ void __launch_bounds__(kMaxThreads, 2)
     scatter_segment_rewards_kernel(const __grid_constant__ ScatterArgs a) {
-  const Credit credit = a.credit.on_device();
+  const SharedCurve curve = shared_curve(a.credit);
   for_each_row(a.rows, int64_t{blockIdx.x} * a.rows_per_block, a.rows_per_block,
                [&](Group group, int64_t, int64_t begin, int64_t end) {
                  const Tiles tiles(group, begin, end);
-                 RewardScatter scatter(group, a, credit, tiles);
+                 RewardScatter scatter(group, a, curve, tiles);
                  for (int32_t tile = tiles.count() - 1; tile >= 0; --tile) {
                    const Items items = tiles.items(tile);
                    const uint32_t action = load_flags(a.mask, items);

@@ -11,28 +11,37 @@
 
 namespace segk {
 
-constexpr int kMaxKnots = 64;
-
-// A Credit as an argument of a kernel, with a copy of its knots, which are in the host's memory.
+// A Credit as an argument of a kernel, with a copy of a curve that is in the host's memory.
 struct CreditArg {
   Credit credit;
-  float knots[3 * kMaxKnots];
+  float curve[kCurveNumbers];
 
-  CreditArg(const char* op, const Credit& from) : credit(from), knots{} {
-    const int32_t count = from.curve.n_knots;
+  CreditArg(const char* op, const Credit& from) : credit(from), curve{} {
+    if (from.curve_on_gpu || !from.curve.packed) return;
+    const int32_t count = from.curve.n_knots();
     if (count > kMaxKnots) {
       throw std::invalid_argument(std::string(op) + ": normalizer: expected at most " +
                                   std::to_string(kMaxKnots) + " knots, got " +
                                   std::to_string(count) + "; merge neighbouring ones");
     }
-    std::copy_n(from.curve.knots, 3 * count, knots);
-  }
-  __device__ Credit on_device() const {
-    Credit copy = credit;
-    copy.curve.knots = knots;
-    return copy;
+    std::copy_n(from.curve.packed, 4 + 3 * count, curve);
   }
 };
+
+// Its numbers are read where they are used, and again each time: kept, they would cost registers.
+using SharedCurve = PackedCurve<volatile float>;
+
+// The curve in shared memory. All threads of the block call this at the same time.
+__device__ inline SharedCurve shared_curve(const CreditArg& arg) {
+  __shared__ float copy[kCurveNumbers];
+  const float* from = arg.credit.curve_on_gpu ? arg.credit.curve.packed : arg.curve;
+  const int count = 4 + 3 * static_cast<int>(from[3]);
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    copy[i] = from[i];
+  }
+  __syncthreads();
+  return {copy};
+}
 
 struct ScatterArgs {
   Floats rewards;
@@ -49,13 +58,9 @@ struct ScatterArgs {
 // that number in the tile's first element of token_rewards until the second walk overwrites it.
 class RewardScatter {
  public:
-  __device__ RewardScatter(Group group, const ScatterArgs& args, const Credit& credit,
+  __device__ RewardScatter(Group group, const ScatterArgs& args, SharedCurve curve,
                            const Tiles& tiles)
-      : group_(group),
-        args_(args),
-        credit_(credit),
-        tiles_(tiles),
-        single_tile_(tiles.count() == 1) {
+      : group_(group), args_(args), curve_(curve), tiles_(tiles), single_tile_(tiles.count() == 1) {
     if (single_tile_) return;
     EndsBefore passed = kNone;
     for (int32_t tile = 0; tile < tiles_.count(); ++tile) {
@@ -94,8 +99,8 @@ class RewardScatter {
       const int i = __ffs(static_cast<int>(ahead)) - 1;
       const uint32_t up_to = (2u << i) - 1;
       before = combine(before, EndsBefore{0, __popc(action & up_to & ~counted)});
-      const float token_reward =
-          credit_.token_reward(get(rewards, i), before.ends, segments_, before.since);
+      const float token_reward = args_.credit.credit.token_reward(
+          curve_, get(rewards, i), before.ends, segments_, before.since);
       set(rewards, i, token_reward);
       first = combine(first, FirstEnd{token_reward, true});
       before = combine(before, EndsBefore{1, 0});
@@ -106,7 +111,7 @@ class RewardScatter {
 #pragma unroll
     for (int i = kItems - 1; i >= 0; --i) {
       if (has(ends, i)) token_reward = rewards[i];
-      const bool credited = has(credit_.spread == Spread::last ? ends : action, i);
+      const bool credited = has(args_.credit.credit.spread == Spread::last ? ends : action, i);
       rewards[i] = credited ? token_reward : 0.0f;
     }
     behind_ += passed.total.ends;
@@ -124,7 +129,7 @@ class RewardScatter {
 
   Group group_;
   const ScatterArgs& args_;
-  const Credit& credit_;
+  SharedCurve curve_;
   const Tiles& tiles_;
   bool single_tile_;
   int32_t segments_ = 0;

@@ -86,6 +86,15 @@ class Group {
   }
   __device__ int size() const { return block_ ? static_cast<int>(blockDim.x) : kWarp; }
 
+  // Waits for the others, whose writes are then visible.
+  __device__ void sync() const {
+    if (block_) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  }
+
   // Every thread of the group takes part. `initial` comes before the first one and is the same in
   // all of them; combining with `identity` changes nothing. Two arrays: a warp that is already in
   // the next scan writes `totals` while others still read `befores`.

@@ -519,9 +519,11 @@ void test_location_moments(const Stream& s, DType dtype, Random& random) {
     want.insert(want.end(), mean.begin(), mean.end());
     want.insert(want.end(), m2.begin(), m2.end());
     Array<double> moments(3 * bins, -1);
-    const int64_t not_finite =
-        location_moments(rewards, ends.get(), s.mask.get(), s.rows, bins, moments.get(), kThreads);
-    check(not_finite == 0, "location_moments: rewards that are not finite");
+    int64_t not_finite[2] = {-1, -1};
+    location_moments(rewards, ends.get(), s.mask.get(), s.rows, bins, moments.get(), not_finite,
+                     nullptr, kThreads);
+    check(not_finite[0] == 0 && not_finite[1] == 0,
+          "location_moments: rewards that are not finite");
     check_close("location_moments", moments, want, 1, size);
   }
 }
@@ -577,15 +579,15 @@ void test_rewards_and_advantages(const Stream& s, DType dtype, Random& random) {
     const bool mean = choice++ % 2;
     const double clip = table.positions.empty() ? INFINITY : 0.75;
     where = stream + ", normaliser " + table.name;
-    Array<float> knots(static_cast<int64_t>(3 * table.positions.size()));
-    float* knot = knots.get();
+    const auto n_knots = static_cast<int64_t>(table.positions.size());
+    Array<float> packed(4 + 3 * n_knots);
+    const double head[] = {table.mean_slope, table.std_slope, table.min_std,
+                           static_cast<double>(n_knots)};
+    float* number = std::copy(std::begin(head), std::end(head), packed.get());
     for (const auto* heights : {&table.positions, &table.means, &table.stds}) {
-      knot = std::copy(heights->begin(), heights->end(), knot);
+      number = std::copy(heights->begin(), heights->end(), number);
     }
-    const Curve curve{static_cast<float>(table.mean_slope), static_cast<float>(table.std_slope),
-                      static_cast<float>(table.min_std),
-                      static_cast<int32_t>(table.positions.size()), knots.get()};
-    const Credit credit{curve, spread, mean, static_cast<float>(clip)};
+    const Credit credit{{packed.get()}, spread, mean, static_cast<float>(clip)};
     const std::vector<double> want =
         naive_token_rewards(s, rewards, ends, table, spread, mean, clip);
     Array<float> token_rewards = unwritten(s.tokens());

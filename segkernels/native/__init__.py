@@ -162,9 +162,14 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels serve ``tensor``, so that the host would have to wait for it."""
+    return tensor.is_cuda
+
+
 def kernels(tensor: Tensor) -> Any:
     """The module whose kernels serve the device of ``tensor``."""
-    return cuda_extension if tensor.is_cuda else extension
+    return cuda_extension if on_gpu(tensor) else extension
 
 
 def executor(tensor: Tensor) -> tuple[int, int]:
@@ -172,7 +177,7 @@ def executor(tensor: Tensor) -> tuple[int, int]:
 
     On CPUs (number of threads, -1); on GPUs (address of the current stream, index of the device).
     """
-    if tensor.is_cuda:
+    if on_gpu(tensor):
         return torch.cuda.current_stream(tensor.device).cuda_stream, tensor.get_device()
     return threads(), -1
 

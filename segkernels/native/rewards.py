@@ -9,18 +9,20 @@ from .. import native
 from ..credit import SPREADS, Credit
 
 
-def credit_arguments(credit: Credit) -> tuple[Tensor | None, int, bool, float]:
-    """A credit as an operator takes it: (curve, spread, mean, clip).
+def credit_arguments(
+    credit: Credit, device: torch.device
+) -> tuple[Tensor | None, int, bool, float]:
+    """A credit as an operator on ``device`` takes it: (curve, spread, mean, clip).
 
     The curve is a tensor, because torch.compile compiles again for every new float.
     """
-    curve = None if credit.normalizer is None else credit.normalizer.curve.packed
+    curve = None if credit.normalizer is None else credit.normalizer.curve_on(device)
     return curve, SPREADS.index(credit.spread), credit.reduction == "mean", float(credit.clip)
 
 
-def curve_address(curve: Tensor | None) -> tuple[int, int]:
-    """(address of ``Curve.packed``, number of its knots); 0 of them leave rewards as they are."""
-    return (0, 0) if curve is None else (native.ptr(curve), curve.numel() // 3 - 1)
+def curve_address(curve: Tensor | None) -> tuple[int, bool]:
+    """(address of ``Curve.packed``, whether that is on a GPU); 0 leaves rewards as they are."""
+    return (0, False) if curve is None else (native.ptr(curve), native.on_gpu(curve))
 
 
 @native.operator

@@ -313,6 +313,8 @@ inline uint32_t __shfl_down_sync(unsigned, uint32_t word, unsigned distance) {
   return cuda_on_host::running->shuffle(word, lane + static_cast<int>(distance));
 }
 
+inline void __syncwarp() { cuda_on_host::running->shuffle(0, 0); }
+
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -51,4 +51,5 @@ PYBIND11_MODULE(cuda_on_host, m) {
                            with_context);
   });
   bind_sequence_ops(m);
+  bind_normalizer_fit(m);
 }

@@ -10,49 +10,65 @@
 
 namespace segk {
 
+constexpr int kMaxKnots = 64;
+constexpr int kCurveNumbers = 4 + 3 * kMaxKnots;  // of a packed curve, at most
+
+// (reward - mean) / std, the latter floored.
+SEGK_HD inline float normalize(float reward, float mean, float std, float min_std) {
+  return (reward - mean) / (std < min_std ? min_std : std);
+}
+
 // Mean and standard deviation as functions of p:
 //   mean(p) = mean_slope ln p + table_mean(p),  std(p) = max(std_slope ln p + table_std(p),
 //   min_std)
 // with tables that are linear between knots and constant beyond the ends. A log line has one knot,
-// a table has no slopes, a scalar has neither.
-struct Curve {
-  float mean_slope;
-  float std_slope;
-  float min_std;
-  int32_t n_knots;     // 0: rewards stay as they are
-  const float* knots;  // [3, n_knots]: positions, means, stds
+// a table has no slopes, a scalar has neither. Number is float, or what reads as one.
+template <class Number>
+struct PackedCurve {
+  // mean_slope, std_slope, min_std, the number of knots, then their positions, means and stds.
+  // Null, or no knots: rewards stay as they are.
+  const Number* packed;
 
-  SEGK_HD float normalize(float reward, float p) const {
-    return n_knots == 0 ? reward : normalize(reward, p, logf(p));
-  }
-  // Given log p; there must be a knot.
+  SEGK_HD int32_t n_knots() const { return packed ? static_cast<int32_t>(packed[3]) : 0; }
+
+  // There must be a knot.
   SEGK_HD float normalize(float reward, float p, float log_p) const {
-    const float* means = knots + n_knots;
-    const float* stds = means + n_knots;
+    const int32_t count = n_knots();
+    const Number* positions = packed + 4;
     int32_t right = 0;
-    while (right < n_knots && knots[right] < p) ++right;
+    while (right < count && positions[right] < p) ++right;
     const int32_t left = right > 0 ? right - 1 : 0;
-    if (right == n_knots) right = left;
-    float table_mean = means[left];
-    float table_std = stds[left];
-    if (left != right) {
-      const float weight = (p - knots[left]) / (knots[right] - knots[left]);
-      table_mean += weight * (means[right] - table_mean);
-      table_std += weight * (stds[right] - table_std);
-    }
-    return normalize_by(reward, log_p, table_mean, table_std);
+    if (right == count) right = left;
+    float weight = 0;
+    if (left != right) weight = (p - positions[left]) / (positions[right] - positions[left]);
+    const float mean = height(positions + count, left, right, weight) + packed[0] * log_p;
+    const float std = height(positions + 2 * count, left, right, weight) + packed[1] * log_p;
+    return segk::normalize(reward, mean, std, packed[2]);
   }
-  SEGK_HD float normalize_by(float reward, float log_p, float table_mean, float table_std) const {
-    const float mean = table_mean + mean_slope * log_p;
-    const float std = table_std + std_slope * log_p;
-    return (reward - mean) / (std < min_std ? min_std : std);
+
+ private:
+  SEGK_HD static float height(const Number* heights, int32_t left, int32_t right, float weight) {
+    const float at_left = heights[left];
+    return left == right ? at_left : at_left + weight * (heights[right] - at_left);
   }
 };
+using Curve = PackedCurve<float>;
+
+// The bin of segment k of `segments`.
+SEGK_HD inline int64_t bin_of(int64_t k, int64_t segments, int64_t bins) {
+  const double position = static_cast<double>(k + 1) / static_cast<double>(segments);
+  const double nearest = nearbyint(position * static_cast<double>(bins));
+  return nearest < 1 ? 0 : static_cast<int64_t>(nearest) - 1;
+}
 
 // moments [3, bins]: count, mean and summed squared deviation of the rewards of all segments whose
 // relative position (k + 1) / K, times `bins`, rounds to bin + 1 (half to even; 0 counts as 1).
-// Returns how many rewards are not finite; if any, the moments mean nothing. CPU only.
-int64_t location_moments(Floats rewards, const bool* ends, const bool* mask, Rows rows,
-                         int64_t bins, double* moments, Executor executor);
+// not_finite [2]: how many of those rewards are not finite, and of how many. If none is, both are
+// 0; if any is, the moments are.
+void location_moments(Floats rewards, const bool* ends, const bool* mask, Rows rows, int64_t bins,
+                      double* moments, int64_t* not_finite, void* scratch, Executor executor);
+
+// How many bytes of scratch memory it wants for rows like these.
+int64_t location_moments_scratch(Rows rows, int64_t bins);
 
 }  // namespace segk

@@ -19,13 +19,18 @@ struct Credit {
   Spread spread;
   bool mean;  // reduction: divide by the number of segments
   float clip;
+  bool curve_on_gpu = false;  // the curve is in the GPU's memory, where the host cannot read it
 
-  // The token reward in segment k of `segments`, which is `length` tokens long.
-  SEGK_HD float token_reward(float reward, int64_t k, int64_t segments, int64_t length) const {
+  // The token reward in segment k of `segments`, which is `length` tokens long. `from` is the curve
+  // or a copy of it.
+  template <class Number>
+  SEGK_HD float token_reward(PackedCurve<Number> from, float reward, int64_t k, int64_t segments,
+                             int64_t length) const {
     const float total = static_cast<float>(segments);
     const float position = static_cast<float>(k + 1) / total;
-    return spread_and_clip(reward, curve.normalize(reward, position), total,
-                           static_cast<float>(length));
+    const float normalized =
+        from.n_knots() == 0 ? reward : from.normalize(reward, position, logf(position));
+    return spread_and_clip(reward, normalized, total, static_cast<float>(length));
   }
   // The same, given the normalised reward.
   SEGK_HD float spread_and_clip(float reward, float normalized, float segments,

@@ -86,6 +86,8 @@ def make_experience(
         lam=config.lam,
         **credit,
     )
+    if isinstance(normalizer, RunningLocationNormalizer):
+        normalizer.check()
     return Experience(
         **vars(scores),
         prompts=prompts,
