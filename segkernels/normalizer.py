@@ -35,8 +35,8 @@ class Curve:
     positions: tuple[float, ...]
     means: tuple[float, ...]
     stds: tuple[float, ...]
-    # All of it for a kernel, [4 + 3 K] fp32 on the CPU: mean_slope, std_slope, min_std, K, positions,
-    # means, stds. A tensor, because torch.compile compiles again for every new float.
+    # All of it for a kernel, [4 + 3 K] fp32 on the CPU: mean_slope, std_slope, min_std, K,
+    # positions, means, stds. A tensor, because torch.compile compiles again for every new float.
     packed: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,9 @@ def everything(hidden, weight, bias, targets, rewards, values, old, mask, normal
     whole = sk.segment_advantages(
         rewards, ends, logprobs, old, values, normalizer=normalizer, mask=mask
     )
+    at_once = sk.segment_ends_and_advantages(
+        entropy, rewards, logprobs, old, values, threshold=1.5, normalizer=normalizer, mask=mask
+    )
     advantages = sk.whiten(whole[0], mask)
     policy = sk.policy_loss(linear, old, advantages, mask=mask)
     value = sk.value_loss(values, values.detach() - 0.1, whole[1], mask=mask)
@@ -56,7 +59,7 @@ def everything(hidden, weight, bias, targets, rewards, values, old, mask, normal
         and_again.sum(),
         *(x.sum() for x in merged),
     )
-    rest = ends, *offsets, *preference[1:], token_rewards, *estimate, *whole, advantages
+    rest = ends, *offsets, *preference[1:], token_rewards, *estimate, *whole, *at_once, advantages
     return sum(losses) + entropy.sum() + again.sum(), (*rest, *fused[1:])
 
 

@@ -9,6 +9,7 @@
 
 #include "segk/rewards.h"
 #include "segk/rows.h"
+#include "segk/segments.h"
 
 // Each binds the ops of one header of include/segk.
 void bind_segments(pybind11::module_& m);
@@ -53,6 +54,14 @@ inline Floats floats(FloatsArg arg) {
 
 inline Rows rows_of(RowsArg arg) {
   return {std::get<0>(arg), std::get<1>(arg), at<const int32_t>(std::get<2>(arg))};
+}
+
+// (threshold, current, address of exclude_last or 0, exclude_all), as Boundaries has them.
+using BoundariesArg = std::tuple<float, bool, uintptr_t, bool>;
+
+inline Boundaries boundaries_of(BoundariesArg arg) {
+  const auto [threshold, current, exclude_last, exclude_all] = arg;
+  return {threshold, current, at<const bool>(exclude_last), exclude_all};
 }
 
 inline Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {

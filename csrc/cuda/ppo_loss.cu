@@ -32,12 +32,14 @@ __global__ void __launch_bounds__(kMaxThreads, 2) loss_kernel(const LossArgs<Ter
   const auto all_blocks = cooperative_groups::this_grid();
   const Group block(true);
   const LossSums identity{0, 0, 0};
+  // Of the rows in whose group a thread is the first; registers would be spilled.
+  __shared__ LossSums of_thread[kMaxThreads];
+  LossSums& of_part = of_thread[threadIdx.x];
   for (int64_t part = blockIdx.x; part < a.n_parts; part += gridDim.x) {
-    LossSums of_part = identity;  // of the rows in whose group this thread is the first
+    of_part = identity;
     for (int64_t b = part; b < a.blocks; b += a.n_parts) {
       for_each_row(a.rows, b * a.rows_per_block, a.rows_per_block,
-                   [&](Group group, int64_t row, int64_t begin, int64_t end) {
-                     const Tiles tiles(group, begin, end);
+                   [&](Group group, int64_t row, const Tiles& tiles) {
                      RowSum mine{0, 0};
                      for (int32_t tile = 0; tile < tiles.count(); ++tile) {
                        const Items items = tiles.items(tile);
@@ -96,9 +98,8 @@ struct LossGradArgs {
 template <class Term>
 __global__ void __launch_bounds__(kMaxThreads, 2) loss_grad_kernel(const LossGradArgs<Term> a) {
   for_each_row(a.rows, int64_t{blockIdx.x} * a.rows_per_block, a.rows_per_block,
-               [&](Group group, int64_t row, int64_t begin, int64_t end) {
+               [&](Group, int64_t row, const Tiles& tiles) {
                  const float weight = static_cast<float>(*a.dloss * a.row_weights[row]);
-                 const Tiles tiles(group, begin, end);
                  for (int32_t tile = 0; tile < tiles.count(); ++tile) {
                    const Items items = tiles.items(tile);
                    const uint32_t action = load_flags(a.mask, items);
