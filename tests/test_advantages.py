@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from layouts import CASES, Case, cases
 from ranks import on_ranks, whitened
 from test_rewards import CREDITS, NORMALIZERS, naive_token_rewards
+from test_segments import draw_entropy
 from tolerance import assert_close
 
 from segkernels import (
@@ -15,9 +16,10 @@ from segkernels import (
     scatter_segment_rewards,
     segment_advantages,
     segment_ends,
+    segment_ends_and_advantages,
     whiten,
 )
-from segkernels.native.advantages import segment_advantages_fwd
+from segkernels.native.advantages import segment_advantages_fwd, segment_ends_and_advantages_fwd
 from segkernels.native.gae import gae_fwd
 from segkernels.native.whiten import moments_fwd, whiten_fwd
 
@@ -161,6 +163,73 @@ def test_advantages_of_mixed_storage():
     )
     for triple in zip(kernel, baseline, truth, strict=True):
         assert_close(*triple)
+
+
+def draw_with_entropy(case: Case, dtype=torch.float32, seed=0):
+    """entropy, rewards, logprobs, ref_logprobs, values, mask; NaN outside the mask."""
+    rewards, _, *rest = draw(case, dtype, seed)
+    return draw_entropy(case, dtype, seed), rewards, *rest
+
+
+def one_after_the_other(
+    *streams,
+    threshold=1.0,
+    entropy_of="next",
+    exclude_last=True,
+    cu_seqlens=None,
+    backend,
+    **options,
+):
+    """What ``segment_ends_and_advantages`` is."""
+    entropy, rewards, *rest, mask = streams
+    where = {"cu_seqlens": cu_seqlens, "backend": backend}
+    cuts = {"entropy_of": entropy_of, "exclude_last": exclude_last}
+    ends = segment_ends(entropy, mask, threshold, **cuts, **where)
+    return ends, *segment_advantages(rewards, ends, *rest, mask, **options, **where)
+
+
+def assert_same_bits(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@backends
+@case_names
+@pytest.mark.parametrize("entropy_of", ["next", "current"])
+@pytest.mark.parametrize("exclude_last", [True, False, "by row"])
+def test_ends_and_advantages_at_once(case, backend, entropy_of, exclude_last):
+    if exclude_last == "by row":
+        g = torch.Generator().manual_seed(1)
+        exclude_last = torch.rand(len(case.lengths), generator=g) < 0.5
+    line = {"normalizer": NORMALIZERS["line"][0], "cu_seqlens": case.cu_seqlens}
+    cuts = {"entropy_of": entropy_of, "exclude_last": exclude_last, "backend": backend}
+    streams = draw_with_entropy(case)
+    at_once = segment_ends_and_advantages(*streams, 1.0, **cuts, **line)
+    assert_same_bits(at_once, one_after_the_other(*streams, **cuts, **line))
+
+
+@backends
+@storage
+def test_ends_and_advantages_of_stored_halves_and_of_a_mixture(backend, dtype):
+    case = CASES["giant"]
+    where = {"cu_seqlens": case.cu_seqlens, "backend": backend}
+    streams = list(draw_with_entropy(case, dtype))
+    for _ in range(2):
+        at_once = segment_ends_and_advantages(*streams, 1.0, **where)
+        assert_same_bits(at_once, one_after_the_other(*streams, **where))
+        streams[0], streams[2] = streams[0].float(), streams[2].float()
+
+
+@backends
+def test_nan_entropy_is_an_error(backend):
+    streams = [torch.zeros(3, 4) for _ in range(5)]
+    streams[0][1, 2] = NAN
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"entropy: .* got NaN at row 1, position 2; look for NaN"):
+        segment_ends_and_advantages(*streams, mask, 1.0, backend=backend)
+    mask[1, 2] = False
+    segment_ends_and_advantages(*streams, mask, 1.0, backend=backend)
 
 
 @backends
@@ -352,7 +421,9 @@ def test_no_action_token(shape, backend):
     none = torch.zeros(shape, dtype=torch.bool)
     nan = torch.full(shape, NAN)
     out = segment_advantages(nan, none, nan, nan, nan, none, backend=backend)
-    out += gae(nan, nan, none, backend=backend)
+    ends, *rest = segment_ends_and_advantages(nan, nan, nan, nan, nan, none, 1.0, backend=backend)
+    assert torch.equal(ends, none)
+    out += (*rest, *gae(nan, nan, none, backend=backend))
     for x in (*out, whiten(nan, none, backend=backend)):
         assert torch.equal(x, torch.zeros(shape))
 
@@ -364,6 +435,7 @@ def test_not_differentiable(backend):
     out = segment_advantages(*args, **where)
     out += gae(args[0], args[4], args[5], **where)
     out += (whiten(args[0], args[5], backend=backend),)
+    out += segment_ends_and_advantages(args[0], *args[2:5], args[4], args[5], 1.0, **where)
     assert not any(x.requires_grad for x in out)
 
 
@@ -376,6 +448,16 @@ def test_custom_operators():
     torch.library.opcheck(
         segment_advantages_fwd, (*streams, curve, 0, False, 10.0, 0.01, 1.0, 0.95)
     )
+    rows = mask.new_ones(len(case.lengths))
+    for exclude_last in (None, rows):
+        torch.library.opcheck(
+            segment_ends_and_advantages_fwd,
+            (
+                *(values, 1.0, False, exclude_last, True),
+                *(rewards, logprobs, ref_logprobs, values, mask, case.cu_seqlens),
+                *(curve, 0, False, 10.0, 0.01, 1.0, 0.95),
+            ),
+        )
     torch.library.opcheck(moments_fwd, (values, mask))
     torch.library.opcheck(whiten_fwd, (values, mask, moments_fwd(values, mask), True))
 
@@ -390,7 +472,10 @@ def test_compiles():
             normalizer=NORMALIZERS["line"][0],
         )
         again, _ = gae(token_rewards - 0.01 * kl, values, mask, cu_seqlens=cu_seqlens)
-        return whiten(advantages, mask), whiten(again, mask), returns
+        at_once = segment_ends_and_advantages(
+            *(values, rewards, logprobs, ref_logprobs, values, mask, 1.0), cu_seqlens=cu_seqlens
+        )
+        return whiten(advantages, mask), whiten(again, mask), returns, *at_once
 
     args = *draw(case), case.cu_seqlens
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -421,6 +506,41 @@ def test_errors(options, error, message):
     defaults = dict(zip(names, (ones, every, ones, ones, ones, every), strict=True))
     with pytest.raises(error, match=message):
         segment_advantages(**{**defaults, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"threshold": NAN}, ValueError, r"threshold: expected nats or \+-inf, got NaN"),
+        (
+            {"entropy_of": "last"},
+            ValueError,
+            "entropy_of: expected 'next' or 'current'",
+        ),
+        (
+            {"exclude_last": torch.ones(3, dtype=torch.bool)},
+            ValueError,
+            r"exclude_last: expected shape \[2\], one per row, got \[3\]",
+        ),
+        (
+            {"rewards": torch.ones(2, 4)},
+            ValueError,
+            r"rewards: expected shape \[2, 3\] like entropy, got \[2, 4\]",
+        ),
+        ({"entropy": torch.ones(2, 3).int()}, TypeError, "entropy: expected float32"),
+        ({"kl_coef": NAN}, ValueError, "kl_coef: expected a finite number, got nan"),
+        ({"gamma": 1.5}, ValueError, r"gamma: expected a number in \[0, 1\], got 1.5"),
+        ({"clip": 0.0}, ValueError, "clip: expected a positive number, got 0.0"),
+    ],
+)
+def test_errors_of_ends_and_advantages(options, error, message):
+    names = "entropy", "rewards", "logprobs", "ref_logprobs", "values"
+    defaults = {name: torch.ones(2, 3) for name in names} | {
+        "mask": torch.ones(2, 3, dtype=torch.bool),
+        "threshold": 1.0,
+    }
+    with pytest.raises(error, match=message):
+        segment_ends_and_advantages(**{**defaults, **options})
 
 
 def test_errors_of_gae_and_whiten():

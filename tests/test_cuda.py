@@ -26,6 +26,7 @@ from segkernels import (
     segment_advantages,
     segment_bradley_terry,
     segment_ends,
+    segment_ends_and_advantages,
     segment_scores,
     whiten,
 )
@@ -408,7 +409,11 @@ def test_a_curve_is_read_from_memory(device, case, normalizer, monkeypatch):
         return
     args = test_advantages.draw(case)
     flat = {"cu_seqlens": case.cu_seqlens, "normalizer": fitted}
-    ops = (segment_advantages, args), (scatter_segment_rewards, (*args[:2], case.mask))
+    ops = (
+        (segment_advantages, args),
+        (scatter_segment_rewards, (*args[:2], case.mask)),
+        (segment_ends_and_advantages, (*test_advantages.draw_with_entropy(case), 1.0)),
+    )
     from_host = [device.run(op, args, **flat) for op, args in ops]
     if device.name == "host":
         monkeypatch.setattr(native, "on_gpu", lambda tensor: True)
@@ -450,6 +455,56 @@ def test_advantages_of_ends_far_apart(device):
     for credit in CREDITS:
         names = "advantages", "returns", "token_rewards", "kl"
         check(device, case, segment_advantages, args, names, **credit)
+
+
+@case_names
+@alignments
+@pytest.mark.parametrize("exclude_last", [True, False])
+def test_ends_and_advantages_at_once(device, case, entropy_of, exclude_last):
+    """To the bit what the two ops are, packed and padded."""
+    cuts = {"entropy_of": entropy_of, "exclude_last": exclude_last}
+    options = cuts | {"normalizer": NORMALIZERS["line"][0]}
+    streams = test_advantages.draw_with_entropy(case)
+
+    def in_two(*args, backend, **more):
+        return test_advantages.one_after_the_other(*args, backend=backend, **options, **more)
+
+    def at_once(*args, backend, **more):
+        return segment_ends_and_advantages(*args, 1.0, backend=backend, **options, **more)
+
+    flat = {"cu_seqlens": case.cu_seqlens}
+    packed = device.run(at_once, streams, **flat)
+    expected = at_once(*streams, backend="reference", **flat)
+    assert torch.equal(packed[0], expected[0])
+    test_advantages.assert_same_bits(packed, device.run(in_two, streams, **flat))
+    padded = grids(case, streams)
+    test_advantages.assert_same_bits(device.run(at_once, padded), device.run(in_two, padded))
+
+
+@storage
+def test_ends_and_advantages_of_stored_halves_and_of_a_mixture(device, dtype):
+    for name in ("holes", "uneven long rows"):
+        flat = {"cu_seqlens": EVERY[name].cu_seqlens}
+        streams = list(test_advantages.draw_with_entropy(EVERY[name], dtype))
+
+        def at_once(*args, **more):
+            return segment_ends_and_advantages(*args, 1.0, **more)
+
+        for _ in range(2):
+            expected = device.run(test_advantages.one_after_the_other, streams, **flat)
+            test_advantages.assert_same_bits(device.run(at_once, streams, **flat), expected)
+            streams[0], streams[2] = streams[0].float(), streams[2].float()
+
+
+def test_ends_and_advantages_of_rows_with_one_action_token_in_any_tile(device):
+    mask = torch.zeros(6, 9000, dtype=torch.bool)
+    mask[range(6), [0, 1, 4095, 4096, 8999, 5000]] = True
+    streams = *(torch.where(mask, 2.0, NAN) for _ in range(5)), mask
+    for threshold in (1.0, 3.0):
+        ends, *out = device.run(segment_ends_and_advantages, (*streams, threshold))
+        assert torch.equal(ends, mask)
+        expected = segment_advantages(*streams[1:2], ends, *streams[2:], backend="reference")
+        test_advantages.assert_same_bits(out, expected)
 
 
 @case_names
@@ -766,6 +821,9 @@ def everything(device, case, dtype=torch.float32):
         "scatter": [device.run(scatter_segment_rewards, (*stream[:2], mask), **flat)],
         "gae": device.run(gae, (rewards, values, mask), **flat),
         "advantages": device.run(segment_advantages, stream, normalizer=line, **flat),
+        "at once": device.run(
+            segment_ends_and_advantages, (entropy, rewards, *stream[2:], 1.0), **flat
+        ),
         "whiten": [device.run(whiten, (values, mask))],
         "running": device.run(learnt, (rewards, ends, mask), **flat),
     }
@@ -814,6 +872,12 @@ def test_memory_that_is_not_aligned(device, name, dtype):
     for a, b in zip(device.run(drop_first(segment_advantages), args, **flat), aligned, strict=True):
         assert torch.equal(a, b)
     entropy = test_segments.draw_entropy(shifted, dtype)
+    streams = entropy, args[0], *args[2:], 1.0
+    aligned = [x[1:].clone() if isinstance(x, torch.Tensor) else x for x in streams]
+    test_advantages.assert_same_bits(
+        device.run(drop_first(segment_ends_and_advantages), streams, **flat),
+        device.run(segment_ends_and_advantages, aligned, **flat),
+    )
     ends = device.run(drop_first(segment_ends), (entropy, shifted.mask, 1.0), **flat)
     expected = segment_ends(entropy[1:], case.mask, 1.0, backend="reference", **flat)
     assert torch.equal(ends, expected)
@@ -826,6 +890,7 @@ def test_nothing(device, shape):
     out += [device.run(scatter_segment_rewards, (nan, none, none))]
     out += device.run(gae, (nan, nan, none))
     out += device.run(segment_advantages, (nan, none, nan, nan, nan, none))
+    out += device.run(segment_ends_and_advantages, (nan, nan, nan, nan, nan, none, 1.0))
     out += [device.run(whiten, (nan, none))]
     for x in out:
         assert x.shape == shape
@@ -879,6 +944,7 @@ def test_each_op_is_one_launch_each_way(monkeypatch):
         (1, scatter_segment_rewards, (rewards, ends, mask)),
         (1, gae, (rewards, values, mask)),
         (1, segment_advantages, stream),
+        (1, segment_ends_and_advantages, (values, rewards, *stream[2:], 1.0)),
         *((2, slopes(loss_of), new) for loss_of in LOSSES.values()),
         (2, test_ppo_loss.whole, (*new, *test_ppo_loss.draw_more(case))),
     ]
@@ -929,9 +995,8 @@ def test_gpu_graph_capture(gpu):
     cu_seqlens = case.cu_seqlens.to(gpu)
 
     def path():
-        ends = segment_ends(entropy, mask, 1.0, cu_seqlens=cu_seqlens)
-        out = segment_advantages(
-            *(rewards, ends, logprobs, ref_logprobs, values, mask),
+        ends, *out = segment_ends_and_advantages(
+            *(entropy, rewards, logprobs, ref_logprobs, values, mask, 1.0),
             cu_seqlens=cu_seqlens,
             normalizer=NORMALIZERS["table"][0],
         )
@@ -1043,6 +1108,9 @@ def test_gpu_is_not_waited_for(gpu):
     try:
         segment_ends(stream[4], stream[5], 1.0, cu_seqlens=cu_seqlens)
         out = segment_advantages(*stream, cu_seqlens=cu_seqlens)
+        segment_ends_and_advantages(
+            *(stream[4], stream[0], *stream[2:], 1.0), cu_seqlens=cu_seqlens
+        )
         whiten(out[0], stream[5])
         rewards = stream[0].requires_grad_()
         segment_bradley_terry(rewards, *stream[1:2], cu_seqlens=cu_seqlens).loss.backward()
@@ -1073,8 +1141,11 @@ def test_gpu_finds_nan_in_debug_mode(gpu, monkeypatch):
     monkeypatch.delenv("SEGKERNELS_DEBUG", raising=False)
     segment_ends(entropy, mask, 1.0, backend="native")
     monkeypatch.setenv("SEGKERNELS_DEBUG", "1")
+    zeros = [torch.zeros_like(entropy)] * 4
     with pytest.raises(ValueError, match="got NaN at row 1, position 2"):
         segment_ends(entropy, mask, 1.0, backend="native")
+    with pytest.raises(ValueError, match="got NaN at row 1, position 2"):
+        segment_ends_and_advantages(entropy, *zeros, mask, 1.0, backend="native")
 
 
 @pytest.mark.gpu

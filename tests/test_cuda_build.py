@@ -1,6 +1,7 @@
 """What nvcc made of the CUDA kernels: registers, memory and the width of loads, without a GPU. And
 what the build does where nvcc fails."""
 
+import functools
 import importlib.machinery
 import importlib.util
 import json
@@ -25,6 +26,15 @@ REGISTERS = {
     "fit_location_kernel": 128,
 }
 WITHOUT_FLOATS = {"reward_grads_kernel", "fit_location_kernel"}
+# segment_advantages_kernel by what its floats are stored as, "any" where not all are the same, and
+# whether it finds the ends itself; with the vectors that a thread then reads: rewards, values and
+# two log-probabilities, and the entropy.
+STORED = {"f32": 2, "bf16": 1, "f16": 1, "any": 2}
+ADVANTAGES = {
+    f"segment_advantages_kernel<{stored}{', ends' if arrays == 5 else ''}>": arrays * vectors
+    for stored, vectors in STORED.items()
+    for arrays in (4, 5)
+}
 
 
 def cuobjdump(*arguments):
@@ -43,6 +53,10 @@ def cuobjdump(*arguments):
 def kernel_of(mangled):
     """The kernel's own name, with what its template was instantiated for."""
     name, rest = re.search(r"\d+([a-z_]+_kernel)(.*)", mangled).groups()
+    if name == "segment_advantages_kernel":
+        code, ends = re.search(r"(?:DTypeE(\d)|Floats)EL?E?E?Lb(\d)", rest).groups()
+        stored = "any" if code is None else list(STORED)[int(code)]
+        return f"{name}<{stored}{', ends' if ends == '1' else ''}>"
     term = re.search(r"(Policy|Value)Inputs", rest)
     return f"{name}<{term[0]}>" if term else name
 
@@ -62,19 +76,55 @@ def test_no_kernel_spills_and_all_fit():
             assert used["SHARED"] <= SHARED, (target, kernel)
             assert used["STACK"] == used["LOCAL"] == 0, (target, kernel)
             kernels[target].add(kernel)
-    assert len(kernels["sm_90"]) == 15
+    assert len(kernels["sm_90"]) == 14 + len(ADVANTAGES)
+    assert kernels["sm_90"] >= ADVANTAGES.keys()
     assert all(kernels[target] == kernels["sm_90"] for target in TARGETS)
     assert "sm_100.ptx" in cuobjdump("--list-ptx")
 
 
-def test_tokens_are_loaded_sixteen_bytes_at_a_time():
-    wide, kernels = set(), set()
+@functools.cache
+def machine_code():
+    """(opcode, operands) of each instruction for sm_90, by kernel."""
+    kernels = {}
     for line in cuobjdump("-sass", "-arch", "sm_90").splitlines():
         if "Function :" in line:
-            kernels.add(kernel := kernel_of(line))
-        elif re.search(r"LDG\.E\.[A-Z.]*128", line):
-            wide.add(kernel)
-    assert wide == kernels - WITHOUT_FLOATS
+            kernel = kernels.setdefault(kernel_of(line), [])
+        elif code := re.match(
+            r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*) *(.*?);", line
+        ):
+            kernel.append(code.groups())
+    return kernels
+
+
+def count(kernel, pattern):
+    return sum(re.match(pattern, opcode) is not None for opcode, _ in machine_code()[kernel])
+
+
+def test_tokens_are_loaded_sixteen_bytes_at_a_time():
+    wide = {kernel for kernel in machine_code() if count(kernel, r"LDG\.E\.[A-Z.]*128")}
+    assert wide == machine_code().keys() - WITHOUT_FLOATS
+
+
+def asked_for_at_once(code):
+    """The most vectors on their way from memory before an instruction reads one of them."""
+    most, vectors, awaited = 0, 0, set()
+    for opcode, operands in code:
+        to, *sources = re.findall(r"\bR(\d+)\b", operands) or [""]
+        is_load = opcode.startswith("LDG.E.128")
+        if awaited & {*sources, *([] if is_load else [to])} or opcode == "DEPBAR.LE":
+            vectors, awaited = 0, set()
+        if is_load:
+            awaited |= {str(int(to) + i) for i in range(4)}
+        vectors += is_load or opcode.startswith("LDGSTS.E.128")
+        most = max(most, vectors)
+    return most
+
+
+@pytest.mark.parametrize("kernel", ADVANTAGES)
+def test_advantages_ask_for_everything_before_they_wait(kernel):
+    assert asked_for_at_once(machine_code()[kernel]) >= ADVANTAGES[kernel]
+    # Two vectors of each of four outputs, and both of a sector side by side (see store).
+    assert count(kernel, r"STG\.E\.128") == 8
 
 
 ROOT = Path(__file__).resolve().parent.parent

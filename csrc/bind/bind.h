@@ -10,6 +10,7 @@
 #include "segk/executor.h"
 #include "segk/rewards.h"
 #include "segk/rows.h"
+#include "segk/segments.h"
 
 // Each binds the ops of one header of include/segk.
 void bind_segments(pybind11::module_& m);
@@ -61,6 +62,14 @@ inline Rows rows_of(RowsArg arg) {
 }
 
 inline Executor executor_of(ExecutorArg arg) { return {std::get<0>(arg), std::get<1>(arg)}; }
+
+// (threshold, current, address of exclude_last or 0, exclude_all), as Boundaries has them.
+using BoundariesArg = std::tuple<float, bool, uintptr_t, bool>;
+
+inline Boundaries boundaries_of(BoundariesArg arg) {
+  const auto [threshold, current, exclude_last, exclude_all] = arg;
+  return {threshold, current, at<const bool>(exclude_last), exclude_all};
+}
 
 inline Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {
   return {{at<const float>(std::get<0>(arg))},

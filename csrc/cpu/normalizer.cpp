@@ -9,8 +9,8 @@
 
 #include "cpu/flags.h"
 #include "cpu/parallel.h"
-#include "cpu/storage.h"
 #include "segk/moments.h"
+#include "segk/storage.h"
 
 namespace segk {
 namespace {
