@@ -145,28 +145,34 @@ if "--build" in sys.argv:
 """
 
 
-@pytest.mark.parametrize("cuda", ["", "-DSEGK_CUDA=ON"])
-def test_cpu_modules_do_not_depend_on_the_cuda_module(tmp_path, cuda):
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    program = tmp_path / "bin" / "cmake"
-    program.parent.mkdir()
-    program.write_text(CMAKE.format(python=sys.executable, here=str(tmp_path), suffix=suffix))
-    program.chmod(0o755)
-    modules = tmp_path / "lib" / "segkernels"
-    modules.mkdir(parents=True)
-    stale = modules / f"_cuda{suffix}"
-    stale.touch()
-    done = subprocess.run(
+def build_ext(folder, program, options):
+    """setup.py with this cmake, as ``make gpu`` calls it, into this folder."""
+    cmake = folder / "bin" / "cmake"
+    cmake.parent.mkdir(exist_ok=True)
+    cmake.write_text(program)
+    cmake.chmod(0o755)
+    return subprocess.run(
         [
             *(sys.executable, "setup.py", "--quiet", "build_ext"),
-            *("--build-lib", str(modules.parent), "--build-temp", str(tmp_path / "temp")),
+            *("--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")),
         ],
         cwd=ROOT,
-        env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "CMAKE_ARGS": cuda},
+        env={**os.environ, "PATH": f"{cmake.parent}:{os.environ['PATH']}", "CMAKE_ARGS": options},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("cuda", ["", "-DSEGK_CUDA=ON"])
+def test_cpu_modules_do_not_depend_on_the_cuda_module(tmp_path, cuda):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    modules = tmp_path / "lib" / "segkernels"
+    modules.mkdir(parents=True)
+    stale = modules / f"_cuda{suffix}"
+    stale.touch()
+    program = CMAKE.format(python=sys.executable, here=str(tmp_path), suffix=suffix)
+    done = build_ext(tmp_path, program, cuda)
     assert "ptxas error" in done.stderr
     said = "the CUDA kernels could not be compiled, see the errors above" in done.stderr
     assert (done.returncode != 0, said) == ((True, False) if cuda else (False, True))
@@ -174,19 +180,24 @@ def test_cpu_modules_do_not_depend_on_the_cuda_module(tmp_path, cuda):
     assert not stale.exists(), "a module of an earlier build would be loaded"
 
 
-def test_no_warning_is_an_error_of_a_users_build(tmp_path):
-    pybind11 = importlib.util.find_spec("pybind11").submodule_search_locations[0]
-    command = [
-        *("cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}"),
-        f"-Dpybind11_DIR={pybind11}/share/cmake/pybind11",
-    ]
-    beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        command, env={**os.environ, "PATH": beside}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    commands = json.loads((tmp_path / "compile_commands.json").read_text())
-    if "CUDA kernels: for" in done.stdout:
-        assert {Path(one["file"]).suffix for one in commands} == {".cpp", ".cu"}
-    for one in commands:
-        assert not re.search(r"-Werror|--warning-as-error", one["command"]), one["file"]
+# The cmake behind it on the PATH, but for the compiling.
+CONFIGURES = """#!/bin/sh
+case "$1" in --build) exit 0 ;; esac
+PATH=${PATH#*:} exec cmake "$@"
+"""
+
+
+def test_warnings_are_errors_where_that_was_asked_for_and_never_in_a_users_build(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    # One after the other in one folder: no option of an earlier build may stay.
+    for options, strict in ("-DSEGK_STRICT=ON", True), ("", False):
+        done = build_ext(tmp_path, CONFIGURES, options)
+        assert done.returncode == 0, done.stderr
+        commands = json.loads((tmp_path / "temp" / "cmake" / "compile_commands.json").read_text())
+        suffixes = {Path(one["file"]).suffix for one in commands}
+        assert suffixes == {".cpp", ".cu"} or "CUDA kernels: none" in done.stdout
+        for one in commands:
+            found = re.search(r"-Werror|--warning-as-error", one["command"])
+            assert (found is not None) == strict, (options, one["file"])
