@@ -13,6 +13,8 @@ import test_segments
 import torch
 from layouts import CASES, GIANT, Case, _case
 from on_host import build
+from streams import assert_same_bits, draw
+from test_gae import DISCOUNTS
 from test_ppo_loss import AGGREGATIONS, LOSSES
 from test_rewards import CREDITS, NORMALIZERS
 from tolerance import assert_close
@@ -394,7 +396,7 @@ SIXTY_FOUR = TableNormalizer(
 @pytest.mark.parametrize("normalizer", [*NORMALIZERS, "64 knots"])
 def test_scatter(device, case, normalizer):
     fitted = SIXTY_FOUR if normalizer == "64 knots" else NORMALIZERS[normalizer][0]
-    rewards, ends, *_ = test_advantages.draw(case)
+    rewards, ends, *_ = draw(case)
     for credit in CREDITS:
         args = rewards, ends, case.mask
         names = ["token rewards"]
@@ -407,7 +409,7 @@ def test_a_curve_is_read_from_memory(device, case, normalizer, monkeypatch):
     fitted = SIXTY_FOUR if normalizer == "64 knots" else NORMALIZERS[normalizer][0]
     if fitted is None:
         return
-    args = test_advantages.draw(case)
+    args = draw(case)
     flat = {"cu_seqlens": case.cu_seqlens, "normalizer": fitted}
     ops = (
         (segment_advantages, args),
@@ -427,8 +429,8 @@ def test_a_curve_is_read_from_memory(device, case, normalizer, monkeypatch):
 @case_names
 @storage
 def test_gae(device, case, dtype):
-    rewards, _, _, _, values, mask = test_advantages.draw(case, dtype)
-    for gamma, lam in test_advantages.DISCOUNTS:
+    rewards, _, _, _, values, mask = draw(case, dtype)
+    for gamma, lam in DISCOUNTS:
         names = "advantages", "returns"
         check(device, case, gae, (rewards, values, mask), names, gamma=gamma, lam=lam)
 
@@ -436,7 +438,7 @@ def test_gae(device, case, dtype):
 @case_names
 @storage
 def test_advantages_of_segments(device, case, dtype):
-    args = test_advantages.draw(case, dtype)
+    args = draw(case, dtype)
     names = "advantages", "returns", "token_rewards", "kl"
     for normalizer, credit in zip(("none", "line", "table"), CREDITS, strict=True):
         fitted = NORMALIZERS[normalizer][0]
@@ -446,7 +448,7 @@ def test_advantages_of_segments(device, case, dtype):
 def test_advantages_of_ends_far_apart(device):
     """Segments over several tiles, rows whose first or last tile has no end, and no end at all."""
     case = _case([9000, 9000, 9000, 9000], "holes", 6)
-    args = list(test_advantages.draw(case))
+    args = list(draw(case))
     args[1] = torch.zeros_like(case.mask)
     for row, ends in enumerate([[8999], [4500], [3, 8000, 8001], []]):
         args[1][[9000 * row + end for end in ends]] = True
@@ -476,9 +478,9 @@ def test_ends_and_advantages_at_once(device, case, entropy_of, exclude_last):
     packed = device.run(at_once, streams, **flat)
     expected = at_once(*streams, backend="reference", **flat)
     assert torch.equal(packed[0], expected[0])
-    test_advantages.assert_same_bits(packed, device.run(in_two, streams, **flat))
+    assert_same_bits(packed, device.run(in_two, streams, **flat))
     padded = grids(case, streams)
-    test_advantages.assert_same_bits(device.run(at_once, padded), device.run(in_two, padded))
+    assert_same_bits(device.run(at_once, padded), device.run(in_two, padded))
 
 
 @storage
@@ -492,7 +494,7 @@ def test_ends_and_advantages_of_stored_halves_and_of_a_mixture(device, dtype):
 
         for _ in range(2):
             expected = device.run(test_advantages.one_after_the_other, streams, **flat)
-            test_advantages.assert_same_bits(device.run(at_once, streams, **flat), expected)
+            assert_same_bits(device.run(at_once, streams, **flat), expected)
             streams[0], streams[2] = streams[0].float(), streams[2].float()
 
 
@@ -504,14 +506,14 @@ def test_ends_and_advantages_of_rows_with_one_action_token_in_any_tile(device):
         ends, *out = device.run(segment_ends_and_advantages, (*streams, threshold))
         assert torch.equal(ends, mask)
         expected = segment_advantages(*streams[1:2], ends, *streams[2:], backend="reference")
-        test_advantages.assert_same_bits(out, expected)
+        assert_same_bits(out, expected)
 
 
 @case_names
 @storage
 @pytest.mark.parametrize("center", [True, False])
 def test_whiten(device, case, dtype, center):
-    x = test_advantages.draw(case, dtype)[0] + 5
+    x = draw(case, dtype)[0] + 5
     truth = whiten(x.double(), case.mask, center=center)
     baseline = whiten(x, case.mask, center=center, backend="reference")
     assert_close(device.run(whiten, (x, case.mask), center=center), baseline, truth)
@@ -537,7 +539,7 @@ def binned(device, case, args, bins):
 @storage
 @pytest.mark.parametrize("bins", [1, 7, 1000])
 def test_moments_of_positions(in_memory, case, dtype, bins):
-    rewards, ends, *_ = test_advantages.draw(case, dtype)
+    rewards, ends, *_ = draw(case, dtype)
     args = rewards, ends, case.mask
     got, not_finite = binned(in_memory, case, args, bins)
     expected = reference.location_moments(*args, case.cu_seqlens, bins)
@@ -556,7 +558,7 @@ def test_moments_of_more_rows_than_parts(in_memory):
     lengths = torch.randint(0, 40, (5000,), generator=g).tolist()
     lengths[7::900] = [700] * len(lengths[7::900])
     case = _case(lengths, "holes", 1)
-    rewards, ends, *_ = test_advantages.draw(case)
+    rewards, ends, *_ = draw(case)
     args = rewards, ends, case.mask
     got, _ = binned(in_memory, case, args, 100)
     torch.testing.assert_close(
@@ -566,7 +568,7 @@ def test_moments_of_more_rows_than_parts(in_memory):
 
 def test_rewards_that_are_not_finite_are_counted(in_memory):
     case = EVERY["uneven long rows"]
-    rewards, ends, *_ = test_advantages.draw(case)
+    rewards, ends, *_ = draw(case)
     at = (case.mask & ends).nonzero().squeeze(1)
     rewards[at[[0, 5, -1]]] = torch.tensor([NAN, math.inf, -math.inf])
     moments, not_finite = binned(in_memory, case, (rewards, ends, case.mask), 10)
@@ -810,7 +812,7 @@ def learnt(rewards, ends, mask, *, cu_seqlens, backend):
 def everything(device, case, dtype=torch.float32):
     """Every op on one case, flat where there are rows."""
     flat = {"cu_seqlens": case.cu_seqlens}
-    rewards, ends, logprobs, ref_logprobs, values, mask = test_advantages.draw(case, dtype)
+    rewards, ends, logprobs, ref_logprobs, values, mask = draw(case, dtype)
     entropy = test_segments.draw_entropy(case, dtype)
     pairs = test_bradley_terry.draw(case, dtype)
     stream = rewards, ends, logprobs, ref_logprobs, values, mask
@@ -866,7 +868,7 @@ def test_memory_that_is_not_aligned(device, name, dtype):
 
         return run
 
-    args = test_advantages.draw(shifted, dtype)
+    args = draw(shifted, dtype)
     flat = {"cu_seqlens": case.cu_seqlens}
     aligned = device.run(segment_advantages, [x[1:].clone() for x in args], **flat)
     for a, b in zip(device.run(drop_first(segment_advantages), args, **flat), aligned, strict=True):
@@ -874,7 +876,7 @@ def test_memory_that_is_not_aligned(device, name, dtype):
     entropy = test_segments.draw_entropy(shifted, dtype)
     streams = entropy, args[0], *args[2:], 1.0
     aligned = [x[1:].clone() if isinstance(x, torch.Tensor) else x for x in streams]
-    test_advantages.assert_same_bits(
+    assert_same_bits(
         device.run(drop_first(segment_ends_and_advantages), streams, **flat),
         device.run(segment_ends_and_advantages, aligned, **flat),
     )
@@ -906,7 +908,7 @@ def test_nothing(device, shape):
 
 def test_a_nan_stays_in_its_row(device):
     case = EVERY["uneven long rows"]
-    rewards, ends, *rest = test_advantages.draw(case)
+    rewards, ends, *rest = draw(case)
     poisoned = rewards.clone()
     poisoned[(case.mask & ends).nonzero()[-1]] = NAN
     flat = {"cu_seqlens": case.cu_seqlens}
@@ -934,7 +936,7 @@ def test_each_op_is_one_launch_each_way(monkeypatch):
     monkeypatch.setattr(native, "executor", lambda tensor: (0, 0))
     case = CASES["response"]
     flat = {"cu_seqlens": case.cu_seqlens}
-    rewards, ends, logprobs, ref_logprobs, values, mask = test_advantages.draw(case)
+    rewards, ends, logprobs, ref_logprobs, values, mask = draw(case)
     stream = rewards, ends, logprobs, ref_logprobs, values, mask
     new = test_ppo_loss.draw(case)
     ops = [
@@ -984,7 +986,7 @@ def gpu():
 
 
 def stream_of(case, device):
-    return [x.to(device) for x in test_advantages.draw(case)]
+    return [x.to(device) for x in draw(case)]
 
 
 @pytest.mark.gpu
@@ -1166,6 +1168,6 @@ def test_gpu_rows_of_a_million_tokens(gpu):
     g = torch.Generator().manual_seed(0)
     lengths = [1_000_000, 0, 7, GIANT]
     case = Case(lengths, torch.rand(sum(lengths), generator=g) < 0.9)
-    args = test_advantages.draw(case)
+    args = draw(case)
     names = "advantages", "returns", "token_rewards", "kl"
     check(Device("gpu"), case, segment_advantages, args, names, normalizer=NORMALIZERS["line"][0])
