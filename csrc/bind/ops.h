@@ -11,7 +11,7 @@ void bind_gae(pybind11::module_& m);
 void bind_advantages(pybind11::module_& m);
 void bind_whiten(pybind11::module_& m);
 void bind_ppo_loss(pybind11::module_& m);
-void bind_normalizer(pybind11::module_& m);
+void bind_running_normalizer(pybind11::module_& m);
 void bind_normalizer_fit(pybind11::module_& m);  // the CUDA module only
 void bind_vocab(pybind11::module_& m);           // CPU modules only
 
@@ -24,5 +24,5 @@ inline void bind_sequence_ops(pybind11::module_& m) {
   bind_advantages(m);
   bind_whiten(m);
   bind_ppo_loss(m);
-  bind_normalizer(m);
+  bind_running_normalizer(m);
 }

@@ -7,8 +7,8 @@
 #include "cuda/scan.cuh"
 #include "cuda/tokens.cuh"
 #include "segk/moments.h"
-#include "segk/normalizer.h"
 #include "segk/rewards.h"
+#include "segk/running_normalizer.h"
 
 namespace segk {
 namespace {
