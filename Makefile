@@ -25,14 +25,13 @@ kernels: setup
 
 # The C++ core without Python. Its threads do not depend on the instruction set.
 sanitize: build/sanitize-address/built build/sanitize-thread/built
-	set -e; for test in build/sanitize-address/segk_test_*; do $$test; done
-	build/sanitize-thread/segk_test_scalar
+	ls build/sanitize-thread/segk_test_scalar build/sanitize-address/segk_test_* | xargs -n 1 -P 4 env
 
 build/sanitize-address/built: SANITIZERS := address,undefined
 build/sanitize-thread/built: SANITIZERS := thread
 build/sanitize-thread/built: TARGETS := --target segk_test_scalar
 build/sanitize-%/built: .venv/installed $(SOURCES)
-	$(BIN)/cmake -S . -B $(@D) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSEGK_SANITIZE=$(SANITIZERS)
+	$(BIN)/cmake -S . -B $(@D) -DSEGK_SANITIZE=$(SANITIZERS)
 	$(BIN)/cmake --build $(@D) --parallel $(TARGETS)
 	touch $@
 

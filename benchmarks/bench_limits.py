@@ -101,7 +101,7 @@ def table(calls: dict[str, Callable[[], object]]) -> None:
 
 
 def advantages() -> None:
-    """Its kernels and what stands around them."""
+    """Its kernel and what stands around it."""
     print("boundaries to advantages, 64 x 1,024, one thread: microseconds")
     torch.set_num_threads(1)
     fields = ("entropy", "rewards", "logprobs", "ref_logprobs", "values")
@@ -111,40 +111,32 @@ def advantages() -> None:
         x = shapes.stream([tokens] * rows, "cpu").grid()
         return {name: x[name] for name in (*fields, "mask")}
 
-    def ops(entropy, rewards, logprobs, ref_logprobs, values, mask):
-        ends = sk.segment_ends(entropy, mask, shapes.THRESHOLD)
-        return sk.segment_advantages(
-            *(rewards, ends, logprobs, ref_logprobs, values, mask), normalizer=shapes.NORMALIZER
+    def op(entropy, rewards, logprobs, ref_logprobs, values, mask):
+        return sk.segment_ends_and_advantages(
+            *(entropy, rewards, logprobs, ref_logprobs, values, mask, shapes.THRESHOLD),
+            normalizer=shapes.NORMALIZER,
         )
 
-    def kernels(entropy, rewards, logprobs, ref_logprobs, values, mask):
+    def kernel(entropy, rewards, logprobs, ref_logprobs, values, mask):
         rows, ends = native.rows(rewards, None), torch.empty_like(mask)
         curve = shapes.NORMALIZER.curve.packed
         outputs = [torch.empty_like(rewards) for _ in range(4)]
 
         def run() -> None:
-            native.extension.segment_ends(
+            native.extension.segment_ends_and_advantages_fwd(
                 native.floats(entropy),
-                native.ptr(mask),
-                rows,
-                shapes.THRESHOLD,
-                False,
-                0,
-                True,
-                native.ptr(ends),
-                1,
-            )
-            native.extension.segment_advantages_fwd(
+                (shapes.THRESHOLD, False, 0, True),
                 native.floats(rewards),
-                native.ptr(ends),
                 native.floats(logprobs),
                 native.floats(ref_logprobs),
                 native.floats(values),
                 native.ptr(mask),
                 rows,
-                curve_address(curve),
-                *(0, False, 10.0, 0.01, 1.0, 0.95),
-                *map(native.ptr, outputs),
+                (curve_address(curve), 0, False, 10.0),
+                0.01,
+                (1.0, 0.95),
+                native.ptr(ends),
+                tuple(map(native.ptr, outputs)),
                 1,
             )
 
@@ -153,9 +145,9 @@ def advantages() -> None:
     large, small = stream(64, 1024), stream(1, 8)
     seconds = quickest(
         {
-            "the two ops": lambda: ops(**large),
-            "their kernels alone": kernels(**large),
-            "the ops on 8 tokens": lambda: ops(**small),
+            "the op": lambda: op(**large),
+            "its kernel alone": kernel(**large),
+            "the op on 8 tokens": lambda: op(**small),
             "eager, GAE loops over time": lambda: loop(**large),
         }
     )

@@ -202,14 +202,15 @@ def segment_advantages(workload: str, stream: Stream) -> Case:
 
 
 def boundaries_to_advantages(workload: str, stream: Stream, *, by_token: bool = False) -> Case:
-    """What happens between two models' outputs and PPO: two of our ops."""
+    """What happens between two models' outputs and PPO."""
 
     def fused(entropy, rewards, logprobs, ref_logprobs, values, mask, **where):
-        ends = sk.segment_ends(entropy, mask, THRESHOLD, **where)
-        out = sk.segment_advantages(
-            *(rewards, ends, logprobs, ref_logprobs, values, mask), normalizer=NORMALIZER, **where
+        out = sk.segment_ends_and_advantages(
+            *(entropy, rewards, logprobs, ref_logprobs, values, mask, THRESHOLD),
+            normalizer=NORMALIZER,
+            **where,
         )
-        return dict(zip(RESULTS, out, strict=True))
+        return dict(zip(("ends", *RESULTS), out, strict=True))
 
     loop = eager.boundaries_to_advantages(eager.gae_over_time)
     matrix = eager.boundaries_to_advantages(eager.gae_matrix)

@@ -117,7 +117,7 @@ def boundaries_to_advantages(gae):
         token_rewards = scatter_segment_rewards(rewards, ends, mask)["token_rewards"]
         kl = (logprobs - ref_logprobs) * mask
         out = gae(token_rewards - 0.01 * kl, values, mask)
-        return out | {"token_rewards": token_rewards, "kl": kl}
+        return out | {"ends": ends, "token_rewards": token_rewards, "kl": kl}
 
     return run
 
@@ -128,11 +128,13 @@ def boundaries_to_advantages_by_token(
     """Python loops over tokens, as training scripts for segment rewards have been written."""
     shape = rewards.shape
     out = {name: torch.zeros(shape) for name in ("advantages", "returns", "token_rewards", "kl")}
+    out["ends"] = torch.zeros(shape, dtype=torch.bool)
     for n in range(shape[0]):
         count = int(mask[n].sum())
         ends = [t for t in range(count - 1) if entropy[n, t].item() > THRESHOLD]
         if count and (not ends or ends[-1] != max(count - 2, 0)):
             ends.append(max(count - 2, 0))
+        out["ends"][n, ends] = True
         begin = 0
         for k, end in enumerate(ends):
             log_p = math.log((k + 1) / len(ends))

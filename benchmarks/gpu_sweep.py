@@ -1,14 +1,17 @@
 """What the tunable sizes of the GPU kernels are worth: the last step of ``make gpu``.
 
-Slice widths and chunk heights of the linear forms by the time of their products on one tile, scaled
-to the whole shape; the configurations of the row kernels by the bandwidth that they reach. Measured
-in workers; ``gpu.py``, which imports no torch, writes the recommendation.
+Slice widths and chunk heights of the linear forms by the time of the whole op, beside that of their
+products on one tile, scaled to the whole shape; the configurations of the row kernels by the
+bandwidth that they reach. Measured in workers; ``gpu.py``, which imports no torch, writes the
+recommendation.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Clock = Callable[[Callable[[], Any], int], float]  # seconds of so many calls
@@ -39,10 +42,31 @@ def _median(clock: Clock, run: Callable[[], Any]) -> float:
     return statistics.median(clock(run, 1) for _ in range(5))
 
 
+@contextlib.contextmanager
+def tiled(op: str, height: int, width: int) -> Iterator[None]:
+    """The op cuts bf16 logits into such tiles, where its workspace has room for neither larger ones
+    nor all."""
+    from segkernels.projection import TILINGS, WORKSPACE, Tiling
+
+    default = TILINGS["triton"]
+    share = (height * width * 2 + 1) / WORKSPACE["triton"]  # of the tile, and half an element
+    linear = op == "linear form"
+    TILINGS["triton"] = (
+        Tiling(share, columns=width) if linear else Tiling(default.tile, rows=height)
+    )
+    try:
+        yield
+    finally:
+        TILINGS["triton"] = default
+
+
 def tiles(device: str, clock: Clock, dry: bool) -> dict[str, Any]:
-    """Seconds of the whole shape's products, were it cut into tiles of each height and width."""
+    """Seconds of the whole op, forward and backward, in tiles of each height and width, and of its
+    products, as if those of one tile were repeated."""
+    import shapes
     import torch
 
+    import segkernels as sk
     from segkernels.projection import add_product
 
     tokens, size, vocab = (16, 8, 96) if dry else SHAPE
@@ -57,8 +81,27 @@ def tiles(device: str, clock: Clock, dry: bool) -> dict[str, Any]:
     tile = random(max(height * width for height, width, _ in sizes))
     dhidden = torch.empty(tokens, size, device=device)
     dweight = torch.empty_like(weight)
+    targets = shapes.targets(tokens, vocab, device)
+    upstream = random(tokens).float()
 
-    def products(height: int, width: int, op: str) -> dict[str, Any]:
+    def linear_form(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        logprobs, entropy = sk.linear_logprobs_and_entropy(x, w, targets, backend="triton")
+        return torch.dot(logprobs, upstream) + entropy.sum()
+
+    def policy_loss(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(targets, dtype=torch.bool)[None]
+        streams = targets[None], torch.zeros_like(upstream)[None], upstream[None], mask
+        # Nothing is clipped: every row has a gradient.
+        return sk.linear_policy_loss(x[None], w, *streams, clip=math.inf, backend="triton").loss
+
+    losses = {"linear form": linear_form, "policy loss": policy_loss}
+
+    def whole(op: str, height: int, width: int) -> float:
+        x, w = (t.detach().requires_grad_() for t in (hidden, weight))
+        with tiled(op, height, width):
+            return _median(clock, lambda: torch.autograd.grad(losses[op](x, w), (x, w)))
+
+    def point(height: int, width: int, op: str) -> dict[str, Any]:
         x, panel = hidden[:height], weight[:width]
         part = tile[: height * width].view(height, width)
         runs = {
@@ -68,9 +111,10 @@ def tiles(device: str, clock: Clock, dry: bool) -> dict[str, Any]:
         }
         count = (tokens / height) * (vocab / width)
         seconds = {name: _median(clock, run) * count for name, run in runs.items()}
+        seconds["op"] = whole(op, height, width)
         return {"op": op, "height": height, "width": width, "seconds": seconds}
 
-    return {"sweep": "tiles", "points": [products(*each) for each in sizes]}
+    return {"sweep": "tiles", "points": [point(*each) for each in sizes]}
 
 
 def row_kernels(device: str, clock: Clock, dry: bool, sizes: Sequence[int]) -> dict[str, Any]:
@@ -112,12 +156,13 @@ def recommendation(lines: Sequence[Mapping[str, Any]], bandwidth: float | None) 
         found = [point for point in points if point["op"] == op]
         if not found:
             continue
-        out.append(f"{op}, rows x columns    logits      dX      dW     all, ms")
+        out.append(f"{op}, rows x columns    logits      dX      dW products      op, ms")
         total = {}
         for point in found:
-            name = f"{point['height']} x {point['width']}"
-            total[name] = sum(point["seconds"][product] for product in needed)
-            times = [*point["seconds"].values(), total[name]]
+            name, seconds = f"{point['height']} x {point['width']}", point["seconds"]
+            total[name] = seconds["op"]
+            times = [seconds[product] for product in dict.fromkeys(needed)]
+            times += [sum(seconds[product] for product in needed), seconds["op"]]
             out.append(f"{name:>{len(op) + 16}}  " + "".join(f"{x * 1e3:8.2f}" for x in times))
         best = min(total, key=lambda name: total[name])
         out.append(f"best: {best}")

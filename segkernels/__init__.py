@@ -5,7 +5,7 @@ action tokens only, and takes ``backend=``; ``segkernels.backend.explain()`` tel
 """
 
 from . import backend
-from .advantages import segment_advantages
+from .advantages import segment_advantages, segment_ends_and_advantages
 from .bradley_terry import BradleyTerry, segment_bradley_terry, segment_scores
 from .gae import gae
 from .linear import linear_logprobs_and_entropy
@@ -47,6 +47,7 @@ __all__ = [
     "segment_advantages",
     "segment_bradley_terry",
     "segment_ends",
+    "segment_ends_and_advantages",
     "segment_offsets",
     "segment_positions",
     "segment_scores",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backend import choose
+from .boundaries import EntropyOf, boundaries_of
 from .credit import Credit, Reduction, Spread
 from .gae import check_discounts
 from .layout import (
@@ -92,6 +93,95 @@ def segment_advantages(
     return native.segment_advantages_fwd(
         rewards.contiguous(),
         ends.contiguous(),
+        logprobs.contiguous(),
+        ref_logprobs.contiguous(),
+        values.contiguous(),
+        mask.contiguous(),
+        layout.cu_seqlens,
+        *credit_arguments(credit, rewards.device),
+        float(kl_coef),
+        float(gamma),
+        float(lam),
+    )
+
+
+def segment_ends_and_advantages(
+    entropy: Tensor,
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    threshold: float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    entropy_of: EntropyOf = "next",
+    exclude_last: bool | Tensor = True,
+    normalizer: Normalizer | None = None,
+    spread: Spread = "even",
+    reduction: Reduction = "sum",
+    clip: float = 10.0,
+    kl_coef: float = 0.01,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``segment_ends`` and ``segment_advantages`` in one pass over the tokens.
+
+    ::
+
+        ends = segment_ends(entropy, mask, threshold, ...)
+        advantages, returns, token_rewards, kl = segment_advantages(rewards, ends, ...)
+
+    to the bit, and on a GPU in one launch instead of two.
+
+    Source: arXiv 2501.02790, reward model training and section 3; arXiv 1506.02438.
+
+    Args:
+        entropy, threshold, entropy_of, exclude_last: as in ``segment_ends``.
+        rewards, logprobs, ref_logprobs, values: float like ``entropy``; as in
+            ``segment_advantages``.
+        mask: bool like ``entropy``, True at action tokens.
+        cu_seqlens: int32 ``[N + 1]``, rows of a flat stream.
+        normalizer, spread, reduction, clip, kl_coef, gamma, lam: as in ``segment_advantages``.
+        backend: see ``segkernels.backend``.
+
+    Returns:
+        ``(ends, advantages, returns, token_rewards, kl)`` like ``entropy``: ends bool, the others
+        fp32 (fp64 when rewards, logprobs or values are fp64). False and 0 outside the mask. Not
+        differentiable.
+
+    Raises:
+        ValueError: shapes that disagree; an option out of range; NaN entropy at an action token
+            that is read (CPU tensors, or SEGKERNELS_DEBUG=1), with its row and position.
+        TypeError: dtypes that disagree; a normalizer of another type.
+        RuntimeError: a running normalizer that was never fitted.
+    """
+    layout = layout_of("entropy", entropy, cu_seqlens)
+    check_floats("entropy", entropy)
+    check_floats_like("rewards", rewards, "entropy", entropy)
+    check_floats_like("logprobs", logprobs, "entropy", entropy)
+    check_floats_like("ref_logprobs", ref_logprobs, "entropy", entropy)
+    check_floats_like("values", values, "entropy", entropy)
+    check_bools("mask", mask, "entropy", entropy)
+    boundaries = boundaries_of(entropy, layout, threshold, entropy_of, exclude_last)
+    credit = Credit(normalizer, spread, reduction, clip)
+    check_coefficient("kl_coef", kl_coef)
+    check_discounts(gamma, lam)
+    floats = (entropy, rewards, logprobs, ref_logprobs, values)
+    chosen = choose("segment_ends_and_advantages", *floats, backend=backend)
+    entropy, rewards, logprobs, ref_logprobs, values = constants(*floats)
+    if chosen == "reference":
+        from .reference import advantages as reference
+
+        tokens = (rewards, logprobs, ref_logprobs, values, mask)
+        return reference.segment_ends_and_advantages(
+            entropy, boundaries, *tokens, layout, credit, kl_coef=kl_coef, gamma=gamma, lam=lam
+        )
+    return native.segment_ends_and_advantages_fwd(
+        entropy.contiguous(),
+        *boundaries,
+        rewards.contiguous(),
         logprobs.contiguous(),
         ref_logprobs.contiguous(),
         values.contiguous(),

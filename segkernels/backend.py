@@ -41,6 +41,7 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
     "RunningLocationNormalizer": {"native": ("cpu", "cuda")},
     "gae": {"native": ("cpu", "cuda")},
     "segment_advantages": {"native": ("cpu", "cuda")},
+    "segment_ends_and_advantages": {"native": ("cpu", "cuda")},
     "whiten": {"native": ("cpu", "cuda")},
     "policy_loss": {"native": ("cpu", "cuda")},
     "value_loss": {"native": ("cpu", "cuda")},

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from .backend import choose
-from .layout import (
-    Layout,
-    check_bools,
-    check_device,
-    check_floats,
-    check_tensor,
-    constants,
-    layout_of,
-    number,
-)
+from .boundaries import EntropyOf, boundaries_of
+from .layout import check_bools, check_floats, constants, layout_of
 from .native import empty, operator
 from .native import segments as native
 
@@ -28,7 +18,7 @@ def segment_ends(
     threshold: float,
     *,
     cu_seqlens: Tensor | None = None,
-    entropy_of: Literal["next", "current"] = "next",
+    entropy_of: EntropyOf = "next",
     exclude_last: bool | Tensor = True,
     backend: str | None = None,
 ) -> Tensor:
@@ -70,51 +60,15 @@ def segment_ends(
     layout = layout_of("entropy", entropy, cu_seqlens)
     check_floats("entropy", entropy)
     check_bools("mask", mask, "entropy", entropy)
-    threshold = number("threshold", threshold)
-    if threshold != threshold:
-        raise ValueError("threshold: expected nats or +-inf, got NaN; pass e.g. 1.75")
-    if entropy_of not in ("next", "current"):
-        raise ValueError(
-            f"entropy_of: expected 'next' or 'current', got {entropy_of!r}; 'next' is the entropy "
-            "of logits[t], 'current' that of the distribution which produced token t"
-        )
-    rows_exclude, exclude_all = None, True
-    if isinstance(exclude_last, bool):
-        exclude_all = exclude_last
-    else:
-        _check_exclude_last(exclude_last, layout, entropy)
-        rows_exclude = exclude_last.contiguous()
-    current = entropy_of == "current"
+    boundaries = boundaries_of(entropy, layout, threshold, entropy_of, exclude_last)
     (entropy,) = constants(entropy)
     if choose("segment_ends", entropy, backend=backend) == "reference":
         from .reference import segments as reference
 
-        if rows_exclude is None:
-            rows_exclude = mask.new_full((layout.n_rows,), exclude_all)
-        return reference.segment_ends(entropy, mask, threshold, layout, current, rows_exclude)
+        return reference.segment_ends(entropy, mask, layout, boundaries)
     return native.segment_ends_fwd(
-        entropy.contiguous(),
-        mask.contiguous(),
-        layout.cu_seqlens,
-        threshold,
-        current,
-        rows_exclude,
-        exclude_all,
+        entropy.contiguous(), mask.contiguous(), layout.cu_seqlens, *boundaries
     )
-
-
-def _check_exclude_last(exclude_last: Tensor, layout: Layout, entropy: Tensor) -> None:
-    check_tensor("exclude_last", exclude_last)
-    check_device("exclude_last", exclude_last, "entropy", entropy)
-    if exclude_last.dtype != torch.bool:
-        raise TypeError(
-            f"exclude_last: expected bool, got {exclude_last.dtype}; pass exclude_last.bool()"
-        )
-    if exclude_last.shape != (layout.n_rows,):
-        raise ValueError(
-            f"exclude_last: expected shape [{layout.n_rows}], one per row, got "
-            f"{list(exclude_last.shape)}; pass True, False or whether each row ends with EOS"
-        )
 
 
 def segment_offsets(

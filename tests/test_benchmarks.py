@@ -28,6 +28,8 @@ import torch
 from cases import Case, Contender, Later, Missing, ours
 from compare import ALLOWED, Wrong, compare
 
+from segkernels import linear_policy, projection
+
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -562,13 +564,12 @@ def segmentation():
 
 def tiles(request):
     def point(op, width, *times):
-        seconds = dict(zip(("logits", "dX", "dW"), times))
+        seconds = dict(zip(("logits", "dX", "dW", "op"), times))
         return {{"op": op, "height": 8, "width": width, "seconds": seconds}}
 
-    # The linear form computes the logits twice.
-    each = ((16, 1.0, 2.0, 3.0), (32, 2.0, 2.0, 1.5))
-    ops = ("linear form", "policy loss")
-    return {{"sweep": "tiles", "points": [point(op, *times) for op in ops for times in each]}}
+    each = [("linear form", 16, 1.0, 2.0, 3.0, 7.5), ("linear form", 32, 2.0, 2.0, 1.5, 8.0),
+            ("policy loss", 16, 1.0, 2.0, 3.0, 6.5), ("policy loss", 32, 2.0, 2.0, 1.5, 6.0)]
+    return {{"sweep": "tiles", "points": [point(*one) for one in each]}}
 
 def rows(request):
     warps, unroll, *_ = sizes = request["sizes"]
@@ -749,8 +750,10 @@ def test_the_sweep_recommends_among_those_that_ran(make_gpu):
     assert len(kept) == 1 + len(gpu_sweep.ROW_KERNELS) - crashed
     linear, policy = (line for line in printed.splitlines() if line.startswith("best: "))
     assert (linear, policy) == ("best: 8 x 16", "best: 8 x 32")
-    assert "best forward: 4, 8, 4, 64, 40% of a copy" in printed
-    assert "best backward: 4, 4, 2, 64, 20% of a copy" in printed
+    # Two logits, dX and dW of the linear form; the policy loss computes the logits once.
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["8", "x", "16", "1000.00", "2000.00", "3000.00", "7000.00", "7500.00"] in rows
+    assert ["8", "x", "32", "2000.00", "2000.00", "1500.00", "5500.00", "6000.00"] in rows
 
 
 def test_an_interrupted_run_reports_what_it_has(make_gpu, monkeypatch):
@@ -819,14 +822,45 @@ def test_the_smoke_test_runs_every_kind_of_kernel():
     assert all(error <= ALLOWED[BF16] for error in found["errors"].values())
 
 
-def test_the_sweep_times_the_products_of_a_tile():
+@pytest.mark.triton
+@pytest.mark.interpreter
+def test_the_sweep_times_the_products_of_a_tile_and_the_op():
+    default = projection.TILINGS["triton"]
     points = gpu_sweep.tiles("cpu", lambda run, repeats: 2.0, dry=True)["points"]
+    assert projection.TILINGS["triton"] is default
     sizes = {op: set() for op in gpu_sweep.PRODUCTS}
     for point in points:  # a tile's time, as often as there are tiles
         sizes[point["op"]].add((point["height"], point["width"]))
         tiles = (16 / point["height"]) * (96 / point["width"])
-        assert point["seconds"] == dict.fromkeys(("logits", "dX", "dW"), 2.0 * tiles)
+        products = dict.fromkeys(("logits", "dX", "dW"), 2.0 * tiles)
+        assert point["seconds"] == {**products, "op": 2.0}
     assert sizes == {"linear form": {(16, 32), (16, 48)}, "policy loss": {(4, 96), (8, 96)}}
+
+
+@pytest.mark.parametrize("op", gpu_sweep.PRODUCTS)
+def test_a_swept_tile_is_what_the_op_uses(op):
+    tokens, size, vocab = gpu_sweep.SHAPE
+    hidden, weight = (
+        torch.empty(n, size, dtype=torch.bfloat16, device="meta") for n in (tokens, vocab)
+    )
+
+    def tile():
+        if op == "policy loss":
+            chunks = linear_policy._Chunks(hidden, weight, None, None, "triton")
+            return chunks.height, chunks.columns
+        space = projection.Space.of("triton", None, hidden)
+        rows = projection.HiddenRows(hidden, None, space.dtype)
+        height = space.height(rows)
+        return height, space.columns(height, rows, weight)
+
+    linear = [(tokens, width) for width in gpu_sweep.WIDTHS]
+    policy = [(height, vocab) for height in gpu_sweep.HEIGHTS]
+    swept = {"linear form": linear, "policy loss": policy}[op]
+    default = tile()
+    for each in swept:
+        with gpu_sweep.tiled(op, *each):
+            assert tile() == each
+    assert tile() == default
 
 
 @pytest.mark.triton

@@ -34,6 +34,9 @@ def everything(hidden, weight, bias, targets, rewards, values, old, mask, normal
     whole = sk.segment_advantages(
         rewards, ends, logprobs, old, values, normalizer=normalizer, mask=mask
     )
+    at_once = sk.segment_ends_and_advantages(
+        entropy, rewards, logprobs, old, values, threshold=1.5, normalizer=normalizer, mask=mask
+    )
     advantages = sk.whiten(whole[0], mask)
     policy = sk.policy_loss(linear, old, advantages, mask, entropy=entropy, entropy_coef=0.01)
     value = sk.value_loss(values, values.detach() - 0.1, whole[1], mask=mask)
@@ -64,6 +67,7 @@ def everything(hidden, weight, bias, targets, rewards, values, old, mask, normal
         token_rewards,
         *estimate,
         *whole,
+        *at_once,
         advantages,
     )
     return sum(losses) + entropy.sum() + again.sum(), (*rest, *fused[1:])

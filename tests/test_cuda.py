@@ -13,6 +13,8 @@ import test_segments
 import torch
 from layouts import CASES, GIANT, Case, _case
 from on_host import build
+from streams import assert_same_bits, draw
+from test_gae import DISCOUNTS
 from test_ppo_loss import AGGREGATIONS, LOSSES
 from test_rewards import CREDITS, NORMALIZERS
 from tolerance import assert_close
@@ -26,6 +28,7 @@ from segkernels import (
     segment_advantages,
     segment_bradley_terry,
     segment_ends,
+    segment_ends_and_advantages,
     segment_scores,
     whiten,
 )
@@ -393,7 +396,7 @@ SIXTY_FOUR = TableNormalizer(
 @pytest.mark.parametrize("normalizer", [*NORMALIZERS, "64 knots"])
 def test_scatter(device, case, normalizer):
     fitted = SIXTY_FOUR if normalizer == "64 knots" else NORMALIZERS[normalizer][0]
-    rewards, ends, *_ = test_advantages.draw(case)
+    rewards, ends, *_ = draw(case)
     for credit in CREDITS:
         args = rewards, ends, case.mask
         names = ["token rewards"]
@@ -406,9 +409,13 @@ def test_a_curve_is_read_from_memory(device, case, normalizer, monkeypatch):
     fitted = SIXTY_FOUR if normalizer == "64 knots" else NORMALIZERS[normalizer][0]
     if fitted is None:
         return
-    args = test_advantages.draw(case)
+    args = draw(case)
     flat = {"cu_seqlens": case.cu_seqlens, "normalizer": fitted}
-    ops = (segment_advantages, args), (scatter_segment_rewards, (*args[:2], case.mask))
+    ops = (
+        (segment_advantages, args),
+        (scatter_segment_rewards, (*args[:2], case.mask)),
+        (segment_ends_and_advantages, (*test_advantages.draw_with_entropy(case), 1.0)),
+    )
     from_host = [device.run(op, args, **flat) for op, args in ops]
     if device.name == "host":
         monkeypatch.setattr(native, "on_gpu", lambda tensor: True)
@@ -422,8 +429,8 @@ def test_a_curve_is_read_from_memory(device, case, normalizer, monkeypatch):
 @case_names
 @storage
 def test_gae(device, case, dtype):
-    rewards, _, _, _, values, mask = test_advantages.draw(case, dtype)
-    for gamma, lam in test_advantages.DISCOUNTS:
+    rewards, _, _, _, values, mask = draw(case, dtype)
+    for gamma, lam in DISCOUNTS:
         names = "advantages", "returns"
         check(device, case, gae, (rewards, values, mask), names, gamma=gamma, lam=lam)
 
@@ -431,7 +438,7 @@ def test_gae(device, case, dtype):
 @case_names
 @storage
 def test_advantages_of_segments(device, case, dtype):
-    args = test_advantages.draw(case, dtype)
+    args = draw(case, dtype)
     names = "advantages", "returns", "token_rewards", "kl"
     for normalizer, credit in zip(("none", "line", "table"), CREDITS, strict=True):
         fitted = NORMALIZERS[normalizer][0]
@@ -441,7 +448,7 @@ def test_advantages_of_segments(device, case, dtype):
 def test_advantages_of_ends_far_apart(device):
     """Segments over several tiles, rows whose first or last tile has no end, and no end at all."""
     case = _case([9000, 9000, 9000, 9000], "holes", 6)
-    args = list(test_advantages.draw(case))
+    args = list(draw(case))
     args[1] = torch.zeros_like(case.mask)
     for row, ends in enumerate([[8999], [4500], [3, 8000, 8001], []]):
         args[1][[9000 * row + end for end in ends]] = True
@@ -453,10 +460,60 @@ def test_advantages_of_ends_far_apart(device):
 
 
 @case_names
+@alignments
+@pytest.mark.parametrize("exclude_last", [True, False])
+def test_ends_and_advantages_at_once(device, case, entropy_of, exclude_last):
+    """To the bit what the two ops are, packed and padded."""
+    cuts = {"entropy_of": entropy_of, "exclude_last": exclude_last}
+    options = cuts | {"normalizer": NORMALIZERS["line"][0]}
+    streams = test_advantages.draw_with_entropy(case)
+
+    def in_two(*args, backend, **more):
+        return test_advantages.one_after_the_other(*args, backend=backend, **options, **more)
+
+    def at_once(*args, backend, **more):
+        return segment_ends_and_advantages(*args, 1.0, backend=backend, **options, **more)
+
+    flat = {"cu_seqlens": case.cu_seqlens}
+    packed = device.run(at_once, streams, **flat)
+    expected = at_once(*streams, backend="reference", **flat)
+    assert torch.equal(packed[0], expected[0])
+    assert_same_bits(packed, device.run(in_two, streams, **flat))
+    padded = grids(case, streams)
+    assert_same_bits(device.run(at_once, padded), device.run(in_two, padded))
+
+
+@storage
+def test_ends_and_advantages_of_stored_halves_and_of_a_mixture(device, dtype):
+    for name in ("holes", "uneven long rows"):
+        flat = {"cu_seqlens": EVERY[name].cu_seqlens}
+        streams = list(test_advantages.draw_with_entropy(EVERY[name], dtype))
+
+        def at_once(*args, **more):
+            return segment_ends_and_advantages(*args, 1.0, **more)
+
+        for _ in range(2):
+            expected = device.run(test_advantages.one_after_the_other, streams, **flat)
+            assert_same_bits(device.run(at_once, streams, **flat), expected)
+            streams[0], streams[2] = streams[0].float(), streams[2].float()
+
+
+def test_ends_and_advantages_of_rows_with_one_action_token_in_any_tile(device):
+    mask = torch.zeros(6, 9000, dtype=torch.bool)
+    mask[range(6), [0, 1, 4095, 4096, 8999, 5000]] = True
+    streams = *(torch.where(mask, 2.0, NAN) for _ in range(5)), mask
+    for threshold in (1.0, 3.0):
+        ends, *out = device.run(segment_ends_and_advantages, (*streams, threshold))
+        assert torch.equal(ends, mask)
+        expected = segment_advantages(*streams[1:2], ends, *streams[2:], backend="reference")
+        assert_same_bits(out, expected)
+
+
+@case_names
 @storage
 @pytest.mark.parametrize("center", [True, False])
 def test_whiten(device, case, dtype, center):
-    x = test_advantages.draw(case, dtype)[0] + 5
+    x = draw(case, dtype)[0] + 5
     truth = whiten(x.double(), case.mask, center=center)
     baseline = whiten(x, case.mask, center=center, backend="reference")
     assert_close(device.run(whiten, (x, case.mask), center=center), baseline, truth)
@@ -482,7 +539,7 @@ def binned(device, case, args, bins):
 @storage
 @pytest.mark.parametrize("bins", [1, 7, 1000])
 def test_moments_of_positions(in_memory, case, dtype, bins):
-    rewards, ends, *_ = test_advantages.draw(case, dtype)
+    rewards, ends, *_ = draw(case, dtype)
     args = rewards, ends, case.mask
     got, not_finite = binned(in_memory, case, args, bins)
     expected = reference.location_moments(*args, case.cu_seqlens, bins)
@@ -501,7 +558,7 @@ def test_moments_of_more_rows_than_parts(in_memory):
     lengths = torch.randint(0, 40, (5000,), generator=g).tolist()
     lengths[7::900] = [700] * len(lengths[7::900])
     case = _case(lengths, "holes", 1)
-    rewards, ends, *_ = test_advantages.draw(case)
+    rewards, ends, *_ = draw(case)
     args = rewards, ends, case.mask
     got, _ = binned(in_memory, case, args, 100)
     torch.testing.assert_close(
@@ -511,7 +568,7 @@ def test_moments_of_more_rows_than_parts(in_memory):
 
 def test_rewards_that_are_not_finite_are_counted(in_memory):
     case = EVERY["uneven long rows"]
-    rewards, ends, *_ = test_advantages.draw(case)
+    rewards, ends, *_ = draw(case)
     at = (case.mask & ends).nonzero().squeeze(1)
     rewards[at[[0, 5, -1]]] = torch.tensor([NAN, math.inf, -math.inf])
     moments, not_finite = binned(in_memory, case, (rewards, ends, case.mask), 10)
@@ -755,7 +812,7 @@ def learnt(rewards, ends, mask, *, cu_seqlens, backend):
 def everything(device, case, dtype=torch.float32):
     """Every op on one case, flat where there are rows."""
     flat = {"cu_seqlens": case.cu_seqlens}
-    rewards, ends, logprobs, ref_logprobs, values, mask = test_advantages.draw(case, dtype)
+    rewards, ends, logprobs, ref_logprobs, values, mask = draw(case, dtype)
     entropy = test_segments.draw_entropy(case, dtype)
     pairs = test_bradley_terry.draw(case, dtype)
     stream = rewards, ends, logprobs, ref_logprobs, values, mask
@@ -766,6 +823,9 @@ def everything(device, case, dtype=torch.float32):
         "scatter": [device.run(scatter_segment_rewards, (*stream[:2], mask), **flat)],
         "gae": device.run(gae, (rewards, values, mask), **flat),
         "advantages": device.run(segment_advantages, stream, normalizer=line, **flat),
+        "at once": device.run(
+            segment_ends_and_advantages, (entropy, rewards, *stream[2:], 1.0), **flat
+        ),
         "whiten": [device.run(whiten, (values, mask))],
         "running": device.run(learnt, (rewards, ends, mask), **flat),
     }
@@ -808,12 +868,18 @@ def test_memory_that_is_not_aligned(device, name, dtype):
 
         return run
 
-    args = test_advantages.draw(shifted, dtype)
+    args = draw(shifted, dtype)
     flat = {"cu_seqlens": case.cu_seqlens}
     aligned = device.run(segment_advantages, [x[1:].clone() for x in args], **flat)
     for a, b in zip(device.run(drop_first(segment_advantages), args, **flat), aligned, strict=True):
         assert torch.equal(a, b)
     entropy = test_segments.draw_entropy(shifted, dtype)
+    streams = entropy, args[0], *args[2:], 1.0
+    aligned = [x[1:].clone() if isinstance(x, torch.Tensor) else x for x in streams]
+    assert_same_bits(
+        device.run(drop_first(segment_ends_and_advantages), streams, **flat),
+        device.run(segment_ends_and_advantages, aligned, **flat),
+    )
     ends = device.run(drop_first(segment_ends), (entropy, shifted.mask, 1.0), **flat)
     expected = segment_ends(entropy[1:], case.mask, 1.0, backend="reference", **flat)
     assert torch.equal(ends, expected)
@@ -826,6 +892,7 @@ def test_nothing(device, shape):
     out += [device.run(scatter_segment_rewards, (nan, none, none))]
     out += device.run(gae, (nan, nan, none))
     out += device.run(segment_advantages, (nan, none, nan, nan, nan, none))
+    out += device.run(segment_ends_and_advantages, (nan, nan, nan, nan, nan, none, 1.0))
     out += [device.run(whiten, (nan, none))]
     for x in out:
         assert x.shape == shape
@@ -841,7 +908,7 @@ def test_nothing(device, shape):
 
 def test_a_nan_stays_in_its_row(device):
     case = EVERY["uneven long rows"]
-    rewards, ends, *rest = test_advantages.draw(case)
+    rewards, ends, *rest = draw(case)
     poisoned = rewards.clone()
     poisoned[(case.mask & ends).nonzero()[-1]] = NAN
     flat = {"cu_seqlens": case.cu_seqlens}
@@ -869,7 +936,7 @@ def test_each_op_is_one_launch_each_way(monkeypatch):
     monkeypatch.setattr(native, "executor", lambda tensor: (0, 0))
     case = CASES["response"]
     flat = {"cu_seqlens": case.cu_seqlens}
-    rewards, ends, logprobs, ref_logprobs, values, mask = test_advantages.draw(case)
+    rewards, ends, logprobs, ref_logprobs, values, mask = draw(case)
     stream = rewards, ends, logprobs, ref_logprobs, values, mask
     new = test_ppo_loss.draw(case)
     ops = [
@@ -879,6 +946,7 @@ def test_each_op_is_one_launch_each_way(monkeypatch):
         (1, scatter_segment_rewards, (rewards, ends, mask)),
         (1, gae, (rewards, values, mask)),
         (1, segment_advantages, stream),
+        (1, segment_ends_and_advantages, (values, rewards, *stream[2:], 1.0)),
         *((2, slopes(loss_of), new) for loss_of in LOSSES.values()),
         (2, test_ppo_loss.whole, (*new, *test_ppo_loss.draw_more(case))),
     ]
@@ -918,7 +986,7 @@ def gpu():
 
 
 def stream_of(case, device):
-    return [x.to(device) for x in test_advantages.draw(case)]
+    return [x.to(device) for x in draw(case)]
 
 
 @pytest.mark.gpu
@@ -929,9 +997,8 @@ def test_gpu_graph_capture(gpu):
     cu_seqlens = case.cu_seqlens.to(gpu)
 
     def path():
-        ends = segment_ends(entropy, mask, 1.0, cu_seqlens=cu_seqlens)
-        out = segment_advantages(
-            *(rewards, ends, logprobs, ref_logprobs, values, mask),
+        ends, *out = segment_ends_and_advantages(
+            *(entropy, rewards, logprobs, ref_logprobs, values, mask, 1.0),
             cu_seqlens=cu_seqlens,
             normalizer=NORMALIZERS["table"][0],
         )
@@ -1043,6 +1110,9 @@ def test_gpu_is_not_waited_for(gpu):
     try:
         segment_ends(stream[4], stream[5], 1.0, cu_seqlens=cu_seqlens)
         out = segment_advantages(*stream, cu_seqlens=cu_seqlens)
+        segment_ends_and_advantages(
+            *(stream[4], stream[0], *stream[2:], 1.0), cu_seqlens=cu_seqlens
+        )
         whiten(out[0], stream[5])
         rewards = stream[0].requires_grad_()
         segment_bradley_terry(rewards, *stream[1:2], cu_seqlens=cu_seqlens).loss.backward()
@@ -1073,8 +1143,11 @@ def test_gpu_finds_nan_in_debug_mode(gpu, monkeypatch):
     monkeypatch.delenv("SEGKERNELS_DEBUG", raising=False)
     segment_ends(entropy, mask, 1.0, backend="native")
     monkeypatch.setenv("SEGKERNELS_DEBUG", "1")
+    zeros = [torch.zeros_like(entropy)] * 4
     with pytest.raises(ValueError, match="got NaN at row 1, position 2"):
         segment_ends(entropy, mask, 1.0, backend="native")
+    with pytest.raises(ValueError, match="got NaN at row 1, position 2"):
+        segment_ends_and_advantages(entropy, *zeros, mask, 1.0, backend="native")
 
 
 @pytest.mark.gpu
@@ -1095,6 +1168,6 @@ def test_gpu_rows_of_a_million_tokens(gpu):
     g = torch.Generator().manual_seed(0)
     lengths = [1_000_000, 0, 7, GIANT]
     case = Case(lengths, torch.rand(sum(lengths), generator=g) < 0.9)
-    args = test_advantages.draw(case)
+    args = draw(case)
     names = "advantages", "returns", "token_rewards", "kl"
     check(Device("gpu"), case, segment_advantages, args, names, normalizer=NORMALIZERS["line"][0])

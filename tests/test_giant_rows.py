@@ -41,6 +41,9 @@ def every_op(inputs, mask, cu_seqlens, backend=None):
         reduction="mean",
         **where,
     )
+    at_once, *rest = sk.segment_ends_and_advantages(
+        *(entropy, rewards, logprobs, ref_logprobs, values, mask, THRESHOLD), **where
+    )
     new = logprobs.clone().requires_grad_()
     losses = (
         sk.policy_loss(new, ref_logprobs, rewards, mask, **where).loss,
@@ -53,9 +56,9 @@ def every_op(inputs, mask, cu_seqlens, backend=None):
         sk.scatter_segment_rewards(*stream, normalizer=NORMALIZER, **where),
         *sk.gae(rewards, values, mask, gamma=1.0, lam=1.0, **where),
         *sk.gae(rewards, values, mask, gamma=0.99, lam=0.95, **where),
-        *(*advantages, *losses, dnew),
+        *(*advantages, *rest, *losses, dnew),
     ]
-    return [ends, current], [x.detach() for x in rounded]
+    return [ends, current, at_once], [x.detach() for x in rounded]
 
 
 @pytest.mark.parametrize(("density", "length"), [(0.1, 1_100_000), (1.0, 150_000), (0.0, 150_000)])

@@ -247,10 +247,7 @@ def ends_by_native(entropy, mask, ends, threads):
         entropy=native.floats(entropy),
         mask=native.ptr(mask),
         rows=(ROWS, LENGTH, 0),
-        threshold=1.0,
-        current=False,
-        exclude_last=0,
-        exclude_all=True,
+        boundaries=(1.0, False, 0, True),
         ends=native.ptr(ends),
         executor=(threads, -1),
     )
@@ -326,6 +323,7 @@ def every_op():
             sk.segment_ends(y, mask, 0.3),
             sk.scatter_segment_rewards(y, ends, mask, normalizer=sk.ScalarNormalizer(0.0, 2.0)),
             *sk.segment_advantages(y, ends, y, 0.5 * y, y, mask),
+            *sk.segment_ends_and_advantages(y, y, y, 0.5 * y, y, mask, 0.3),
             *sk.gae(y, y, mask),
             sk.whiten(y, mask),
         ]

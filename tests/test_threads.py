@@ -34,8 +34,10 @@ class Sequence:
         loss = loss + sk.policy_loss(x, -self.x, self.x, self.mask, backend="native").loss
         given = self.x, ends, self.x, 0.5 * self.x, self.x, self.mask
         advantages = sk.segment_advantages(*given, backend="native")
+        streams = self.x, self.x, self.x, 0.5 * self.x, self.x, self.mask
+        at_once = sk.segment_ends_and_advantages(*streams, 0.5, backend="native")
         white = sk.whiten(self.x, self.mask, backend="native")
-        return [ends, loss.detach(), *advantages, white, *torch.autograd.grad(loss, x)]
+        return [ends, loss.detach(), *advantages, *at_once, white, *torch.autograd.grad(loss, x)]
 
 
 class Vocabulary:

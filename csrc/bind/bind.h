@@ -10,30 +10,7 @@
 #include "segk/executor.h"
 #include "segk/rewards.h"
 #include "segk/rows.h"
-
-// Each binds the ops of one header of include/segk.
-void bind_segments(pybind11::module_& m);
-void bind_bradley_terry(pybind11::module_& m);
-void bind_rewards(pybind11::module_& m);
-void bind_gae(pybind11::module_& m);
-void bind_advantages(pybind11::module_& m);
-void bind_whiten(pybind11::module_& m);
-void bind_ppo_loss(pybind11::module_& m);
-void bind_normalizer(pybind11::module_& m);
-void bind_normalizer_fit(pybind11::module_& m);  // the CUDA module only
-void bind_vocab(pybind11::module_& m);           // CPU modules only
-
-// The ops that CPUs and GPUs have.
-inline void bind_sequence_ops(pybind11::module_& m) {
-  bind_segments(m);
-  bind_bradley_terry(m);
-  bind_rewards(m);
-  bind_gae(m);
-  bind_advantages(m);
-  bind_whiten(m);
-  bind_ppo_loss(m);
-  bind_normalizer(m);
-}
+#include "segk/segments.h"
 
 namespace segk {
 
@@ -61,6 +38,14 @@ inline Rows rows_of(RowsArg arg) {
 }
 
 inline Executor executor_of(ExecutorArg arg) { return {std::get<0>(arg), std::get<1>(arg)}; }
+
+// (threshold, current, address of exclude_last or 0, exclude_all), as Boundaries has them.
+using BoundariesArg = std::tuple<float, bool, uintptr_t, bool>;
+
+inline Boundaries boundaries_of(BoundariesArg arg) {
+  const auto [threshold, current, exclude_last, exclude_all] = arg;
+  return {threshold, current, at<const bool>(exclude_last), exclude_all};
+}
 
 inline Credit credit_of(CurveArg arg, int spread, bool mean, float clip) {
   return {{at<const float>(std::get<0>(arg))},

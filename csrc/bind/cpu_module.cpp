@@ -4,7 +4,7 @@
 #include <string>
 #include <tuple>
 
-#include "bind/bind.h"
+#include "bind/ops.h"
 #include "segk/gae.h"
 #include "segk/isa.h"
 #include "segk/moments.h"

@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "bind/bind.h"
+#include "bind/ops.h"
 #include "cuda/scratch.h"
 
 PYBIND11_MODULE(_cuda, m) {

@@ -11,12 +11,10 @@ void bind_segments(py::module_& m) {
 
   m.def(
       "segment_ends",
-      [](FloatsArg entropy, uintptr_t mask, RowsArg rows, float threshold, bool current,
-         uintptr_t exclude_last, bool exclude_all, uintptr_t ends, ExecutorArg executor) {
-        return segment_ends(floats(entropy), at<const bool>(mask), rows_of(rows), threshold,
-                            current, at<const bool>(exclude_last), exclude_all, at<bool>(ends),
-                            executor_of(executor));
+      [](FloatsArg entropy, uintptr_t mask, RowsArg rows, BoundariesArg boundaries, uintptr_t ends,
+         ExecutorArg executor) {
+        return segment_ends(floats(entropy), at<const bool>(mask), rows_of(rows),
+                            boundaries_of(boundaries), at<bool>(ends), executor_of(executor));
       },
-      no_gil, "entropy"_a, "mask"_a, "rows"_a, "threshold"_a, "current"_a, "exclude_last"_a,
-      "exclude_all"_a, "ends"_a, "executor"_a);
+      no_gil, "entropy"_a, "mask"_a, "rows"_a, "boundaries"_a, "ends"_a, "executor"_a);
 }

@@ -6,7 +6,8 @@
 #include "cpu/flags.h"
 #include "cpu/gae.h"
 #include "cpu/rewards.h"
-#include "cpu/storage.h"
+#include "cpu/segments.h"
+#include "segk/storage.h"
 
 namespace segk {
 namespace {
@@ -40,28 +41,51 @@ void clear(const PenalizedRewards<Logprobs>& rewards, int64_t begin, int64_t end
   std::fill(rewards.kl + begin, rewards.kl + end, 0.0f);
 }
 
+// find_ends(row) is called before the ends of a row are read.
+template <class Array, class FindEnds>
+void estimate_rows(const AdvantageInputs& in, Array rewards, Array logprobs, Array ref_logprobs,
+                   Array values, const bool* ends, const AdvantageOutputs& out, Executor executor,
+                   const FindEnds& find_ends) {
+  const Flags actions = flags_of(in.mask);
+  const RewardScatter<Array> scatter{rewards, flags_of(ends), actions, in.credit,
+                                     out.token_rewards};
+  const PenalizedRewards<Array> penalized{out.token_rewards, logprobs, ref_logprobs, in.kl_coef,
+                                          out.kl};
+  const GaeEstimator estimate(in.gae, penalized, values, actions, out.advantages, out.returns);
+  Scan<SegmentRun> runs(kNoSegments);
+  Scan<Affine<double>> steps(kNoSteps);
+  const auto all = [&](const Row& row) {
+    find_ends(row);
+    scatter(row, runs);
+    estimate(row, steps);
+  };
+  for_each_row(in.rows, actions, kQuickTokensPerTask, executor, all, out.advantages, out.returns,
+               out.token_rewards, out.kl);
+}
+
 }  // namespace
 
-void segment_advantages_fwd(Floats rewards, const bool* ends, Floats logprobs, Floats ref_logprobs,
-                            Floats values, const bool* mask, Rows rows, Credit credit,
-                            double kl_coef, Gae gae, float* advantages, float* returns,
-                            float* token_rewards, float* kl, Executor executor) {
-  const Flags actions = flags_of(mask);
+void segment_advantages_fwd(const AdvantageInputs& in, const bool* ends,
+                            const AdvantageOutputs& out, Executor executor) {
   with_storage(
-      [&](auto r, auto logp, auto ref, auto v) {
-        const RewardScatter<decltype(r)> scatter{r, flags_of(ends), actions, credit, token_rewards};
-        const PenalizedRewards<decltype(logp)> penalized{token_rewards, logp, ref, kl_coef, kl};
-        const GaeEstimator estimate(gae, penalized, v, actions, advantages, returns);
-        Scan<SegmentRun> runs(kNoSegments);
-        Scan<Affine<double>> steps(kNoSteps);
-        const auto both = [&](const Row& row) {
-          scatter(row, runs);
-          estimate(row, steps);
-        };
-        for_each_row(rows, actions, kQuickTokensPerTask, executor, both, advantages, returns,
-                     token_rewards, kl);
+      [&](auto... arrays) { estimate_rows(in, arrays..., ends, out, executor, [](const Row&) {}); },
+      in.rewards, in.logprobs, in.ref_logprobs, in.values);
+}
+
+int64_t segment_ends_and_advantages_fwd(Floats entropy, Boundaries boundaries,
+                                        const AdvantageInputs& in, bool* ends,
+                                        const AdvantageOutputs& out, Executor executor) {
+  FirstToken nan;
+  with_storage(
+      [&](auto h, auto... arrays) {
+        const EndFinder<decltype(h)> find{h, flags_of(in.mask), boundaries,
+                                          reinterpret_cast<uint8_t*>(ends), &nan};
+        Scan<TokensAhead> tokens(kNoTokens);
+        estimate_rows(in, arrays..., ends, out, executor,
+                      [&](const Row& row) { find(row, tokens); });
       },
-      rewards, logprobs, ref_logprobs, values);
+      entropy, in.rewards, in.logprobs, in.ref_logprobs, in.values);
+  return nan.get();
 }
 
 }  // namespace segk

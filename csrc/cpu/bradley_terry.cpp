@@ -2,7 +2,7 @@
 
 #include "cpu/blocks.h"
 #include "cpu/flags.h"
-#include "cpu/storage.h"
+#include "segk/storage.h"
 
 namespace segk {
 namespace {

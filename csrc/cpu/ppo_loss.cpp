@@ -6,7 +6,7 @@
 #include "cpu/blocks.h"
 #include "cpu/elementary.h"
 #include "cpu/flags.h"
-#include "cpu/storage.h"
+#include "segk/storage.h"
 
 namespace segk {
 namespace {

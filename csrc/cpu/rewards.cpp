@@ -3,7 +3,7 @@
 #include "cpu/blocks.h"
 #include "cpu/flags.h"
 #include "cpu/rewards.h"
-#include "cpu/storage.h"
+#include "segk/storage.h"
 
 namespace segk {
 

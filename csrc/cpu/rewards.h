@@ -7,8 +7,8 @@
 #include "cpu/blocks.h"
 #include "cpu/elementary.h"
 #include "cpu/flags.h"
-#include "cpu/storage.h"
 #include "segk/rewards.h"
+#include "segk/storage.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/storage.h"
+#include "segk/storage.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

@@ -7,7 +7,7 @@
 #include "cpu/blocks.h"
 #include "cpu/flags.h"
 #include "cpu/parallel.h"
-#include "cpu/storage.h"
+#include "segk/storage.h"
 
 namespace segk {
 namespace {

@@ -20,27 +20,25 @@ struct Scores {
 };
 
 __device__ void score_rows(const Scores& a, int64_t first) {
-  for_each_row(a.rows, first, a.rows_per_block,
-               [&](Group group, int64_t row, int64_t begin, int64_t end) {
-                 const Tiles tiles(group, begin, end);
-                 RowSum mine{0, 0};
-                 for (int32_t tile = 0; tile < tiles.count(); ++tile) {
-                   const Items items = tiles.items(tile);
-                   const uint32_t ends = load_flags(a.ends, items) & load_flags(a.mask, items);
-                   float rewards[kItems];
-                   load(a.rewards, items, ends, rewards);
+  for_each_row(a.rows, first, a.rows_per_block, [&](Group group, int64_t row, const Tiles& tiles) {
+    RowSum mine{0, 0};
+    for (int32_t tile = 0; tile < tiles.count(); ++tile) {
+      const Items items = tiles.items(tile);
+      const uint32_t ends = load_flags(a.ends, items) & load_flags(a.mask, items);
+      float rewards[kItems];
+      load(a.rewards, items, ends, rewards);
 #pragma unroll
-                   for (int i = 0; i < kItems; ++i) {
-                     if (has(ends, i)) mine = combine(mine, RowSum{rewards[i], 1});
-                   }
-                 }
-                 const RowSum identity{0, 0};
-                 const RowSum sum = group.scan<From::left>(mine, identity, identity).total;
-                 if (group.rank() == 0) {
-                   a.scores[row] = row_score(sum, a.mean);
-                   a.counts[row] = sum.count;
-                 }
-               });
+      for (int i = 0; i < kItems; ++i) {
+        if (has(ends, i)) mine = combine(mine, RowSum{rewards[i], 1});
+      }
+    }
+    const RowSum identity{0, 0};
+    const RowSum sum = group.scan<From::left>(mine, identity, identity).total;
+    if (group.rank() == 0) {
+      a.scores[row] = row_score(sum, a.mean);
+      a.counts[row] = sum.count;
+    }
+  });
 }
 
 __global__ void __launch_bounds__(kMaxThreads, 2) segment_scores_kernel(const Scores a) {
@@ -109,10 +107,9 @@ struct RewardGrads {
 
 __global__ void __launch_bounds__(kMaxThreads, 2) reward_grads_kernel(const RewardGrads a) {
   for_each_row(a.rows, int64_t{blockIdx.x} * a.rows_per_block, a.rows_per_block,
-               [&](Group group, int64_t row, int64_t begin, int64_t end) {
+               [&](Group, int64_t row, const Tiles& tiles) {
                  const float dscore = score_grad(a.dloss, a.dscores, a.score_grads, row);
                  const float grad = reward_grad(dscore, a.counts[row], a.mean);
-                 const Tiles tiles(group, begin, end);
                  for (int32_t tile = 0; tile < tiles.count(); ++tile) {
                    const Items items = tiles.items(tile);
                    const uint32_t ends = load_flags(a.ends, items) & load_flags(a.mask, items);

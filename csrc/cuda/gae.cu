@@ -20,8 +20,7 @@ struct GaeArgs {
 
 __global__ void __launch_bounds__(kMaxThreads, 2) gae_kernel(const GaeArgs a) {
   for_each_row(a.rows, int64_t{blockIdx.x} * a.rows_per_block, a.rows_per_block,
-               [&](Group group, int64_t, int64_t begin, int64_t end) {
-                 const Tiles tiles(group, begin, end);
+               [&](Group group, int64_t, const Tiles& tiles) {
                  double carried = 0;
                  for (int32_t tile = tiles.count() - 1; tile >= 0; --tile) {
                    const Items items = tiles.items(tile);
@@ -29,9 +28,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2) gae_kernel(const GaeArgs a) {
                    float rewards[kItems], values[kItems], advantages[kItems], returns[kItems];
                    load(a.rewards, items, action, rewards);
                    load(a.values, items, action, values);
-                   const auto reward = [&](int i) { return rewards[i]; };
                    const auto value = [&](int i) { return values[i]; };
-                   estimate_tile(group, a.gae, action, reward, value, carried, advantages, returns);
+                   const auto surplus = [&](int i) { return double{rewards[i]} - values[i]; };
+                   estimate_tile(group, a.gae, action, surplus, value, carried, advantages,
+                                 returns);
                    store(advantages, a.advantages, items);
                    store(returns, a.returns, items);
                  }

@@ -24,13 +24,15 @@ struct RowGrid {
   int rows_per_block;
 
   // Short rows get a warp each, with eight warps in a block; long ones a block with as many threads
-  // as hold the row at once, so that threads do not idle on rows of a thousand tokens.
+  // as hold the row at once, wherever in a tile it starts, so that threads do not idle on rows of a
+  // thousand tokens.
   explicit RowGrid(Rows rows) {
     if (rows.row_len <= kWarpRow) {
       threads = 256;
       rows_per_block = threads / kWarp;
     } else {
-      const int64_t wanted = ceil_div(rows.row_len, kItems);
+      const bool start_anywhere = !rows.cu_seqlens && rows.row_len % kItems != 0;
+      const int64_t wanted = ceil_div(rows.row_len + (start_anywhere ? kItems - 1 : 0), kItems);
       threads = static_cast<int>(std::min<int64_t>(ceil_div(wanted, kWarp) * kWarp, kMaxThreads));
       rows_per_block = 1;
     }

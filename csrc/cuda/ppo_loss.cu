@@ -137,13 +137,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) loss_kernel(const LossArgs<Inp
   // Of the rows whose first thread is the first one of the warp; in registers it would be spilled.
   constexpr int kMaxWarps = kMaxThreads / kWarp;
   __shared__ LossSums of_warps[kMaxWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warp = static_cast<int>(threadIdx.x / kWarp);
   for (int64_t part = blockIdx.x; part < a.n_parts; part += gridDim.x) {
     if (block.rank() % kWarp == 0) of_warps[warp] = identity;
     for (int64_t b = part; b < a.blocks; b += a.n_parts) {
       for_each_row(a.rows, b * a.rows_per_block, a.rows_per_block,
-                   [&](Group group, int64_t row, int64_t begin, int64_t end) {
-                     const Tiles tiles(group, begin, end);
+                   [&](Group group, int64_t row, const Tiles& tiles) {
                      TokenSums mine{0, 0, 0, 0};
                      for (int32_t tile = 0; tile < tiles.count(); ++tile) {
                        const Items items = tiles.items(tile);
@@ -191,9 +190,8 @@ struct LossGradArgs {
 template <class Inputs>
 __global__ void __launch_bounds__(kMaxThreads, 2) loss_grad_kernel(const LossGradArgs<Inputs> a) {
   for_each_row(a.rows, int64_t{blockIdx.x} * a.rows_per_block, a.rows_per_block,
-               [&](Group group, int64_t row, int64_t begin, int64_t end) {
+               [&](Group, int64_t row, const Tiles& tiles) {
                  const double weight = *a.dloss * a.row_weights[row];
-                 const Tiles tiles(group, begin, end);
                  for (int32_t tile = 0; tile < tiles.count(); ++tile) {
                    const Items items = tiles.items(tile);
                    a.inputs.write_grads(items, load_flags(a.mask, items), weight);

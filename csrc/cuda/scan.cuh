@@ -54,7 +54,7 @@ __device__ T in_order(T nearer, T farther) {
 // Lanes between where the scan starts and this one.
 template <From from>
 __device__ int steps_from_start() {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
   return from == From::left ? lane : kWarp - 1 - lane;
 }
 
@@ -106,8 +106,8 @@ class Group {
     const Scanned<T> in_warp = detail::scan_warp<from>(mine, block_ ? identity : initial);
     if (!block_) return in_warp;
 
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int warp = static_cast<int>(threadIdx.x / kWarp);
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int warps = static_cast<int>(blockDim.x) / kWarp;
     if (lane == 0) totals[warp] = in_warp.total;
     __syncthreads();

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..boundaries import Boundaries
 from ..credit import Credit
 from ..layout import Layout
 from ._actions import accumulation_dtype, actions
 from .gae import dense_gae
 from .rewards import token_rewards
+from .segments import segment_ends
 
 
 def segment_advantages(
@@ -32,3 +34,23 @@ def segment_advantages(
     v = acts.take(values).to(dtype)
     advantages, returns = dense_gae(paid - kl_coef * kl, v, acts, gamma, lam)
     return acts.put(advantages), acts.put(returns), acts.put(paid), acts.put(kl)
+
+
+def segment_ends_and_advantages(
+    entropy: Tensor,
+    boundaries: Boundaries,
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    layout: Layout,
+    credit: Credit,
+    *,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ends = segment_ends(entropy, mask, layout, boundaries)
+    tokens = (rewards, ends, logprobs, ref_logprobs, values, mask)
+    return ends, *segment_advantages(*tokens, layout, credit, kl_coef=kl_coef, gamma=gamma, lam=lam)

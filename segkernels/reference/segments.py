@@ -5,18 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..boundaries import Boundaries
 from ..layout import Layout, nan_entropy, values_may_be_checked
 from ._actions import Actions, actions
 
 
-def segment_ends(
-    entropy: Tensor,
-    mask: Tensor,
-    threshold: float,
-    layout: Layout,
-    current: bool,
-    exclude_last: Tensor,
-) -> Tensor:
+def segment_ends(entropy: Tensor, mask: Tensor, layout: Layout, boundaries: Boundaries) -> Tensor:
+    threshold, current, exclude_last, exclude_all = boundaries
     a = actions(mask, layout)
     h = a.take(entropy).float()  # [A]
     rank, count = a.rank, a.counts[a.row]
@@ -28,7 +23,7 @@ def segment_ends(
     if current:
         over = torch.cat([over[1:], over.new_zeros(1)])[: over.numel()]
     left = count - 1 - rank
-    excluded = exclude_last[a.row] & (count > 1)
+    excluded = (exclude_all if exclude_last is None else exclude_last[a.row]) & (count > 1)
     ends = torch.where(left == 0, ~excluded, over | ((left == 1) & excluded))
     return a.put(ends)
 

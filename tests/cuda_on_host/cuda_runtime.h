@@ -313,6 +313,11 @@ inline uint32_t __shfl_down_sync(unsigned, uint32_t word, unsigned distance) {
   return cuda_on_host::running->shuffle(word, lane + static_cast<int>(distance));
 }
 
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t word, int lanes) {
+  const int lane = static_cast<int>(threadIdx.x) % cuda_on_host::kLanes;
+  return cuda_on_host::running->shuffle(word, lane ^ lanes);
+}
+
 inline void __syncwarp() { cuda_on_host::running->shuffle(0, 0); }
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bind/bind.h"
+#include "bind/ops.h"
 #include "cuda/scratch.h"
 
 namespace {

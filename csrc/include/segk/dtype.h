@@ -28,6 +28,11 @@ SEGK_HD inline float bf16_to_float(uint16_t half) {
 }
 
 SEGK_HD inline float f16_to_float(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+#else
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 0x1fu;
   const uint32_t mantissa = half & 0x3ffu;
@@ -37,6 +42,7 @@ SEGK_HD inline float f16_to_float(uint16_t half) {
   // Subnormal: mantissa * 2^-24 is exact in fp32.
   const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
   return sign ? -magnitude : magnitude;
+#endif
 }
 
 // A read-only array of fp32, bf16 or fp16 that reads as fp32.

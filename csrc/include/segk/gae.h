@@ -31,11 +31,9 @@ struct Gae {
   double gamma;
   double decay;  // gamma lam
 
-  SEGK_HD Affine<double> step(double reward, double value) const {
-    return {decay, decay * (reward - value) + gamma * value};
-  }
-  SEGK_HD static double advantage(double reward, double value, double carried) {
-    return reward - value + carried;
+  // Given V and `surplus`, R - V.
+  SEGK_HD Affine<double> step(double surplus, double value) const {
+    return {decay, decay * surplus + gamma * value};
   }
 };
 

@@ -8,10 +8,10 @@
 
 namespace segk {
 
-// What follows a token in its row: how many action tokens, and whether the entropy of the first of
-// them is over the threshold.
+// What follows a token in its row: how many action tokens, where 2 may stand for any more, and
+// whether the entropy of the first of them is over the threshold.
 struct TokensAhead {
-  int64_t count;
+  int32_t count;
   bool over;
 };
 
@@ -27,11 +27,21 @@ SEGK_HD inline bool ends_segment(int64_t ahead, int64_t total, bool over, bool e
   return over || (ahead == 1 && excluded);
 }
 
-// ends [T]; exclude_last [N], or null for `exclude_all` in every row. Writes every token of the
-// rows. `current`: entropy[t] belongs to the distribution that produced t. Returns the first token
-// whose NaN could decide a boundary, else -1; always -1 on GPUs, where finding it would mean
-// waiting for the kernel.
-int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, float threshold, bool current,
-                     const bool* exclude_last, bool exclude_all, bool* ends, Executor executor);
+// Where entropies cut.
+struct Boundaries {
+  float threshold;
+  bool current;              // entropy[t] belongs to the distribution that produced t
+  const bool* exclude_last;  // [N], or null for `exclude_all` in every row
+  bool exclude_all;
+
+  SEGK_HD bool excludes_last(int64_t row) const {
+    return exclude_last ? exclude_last[row] : exclude_all;
+  }
+};
+
+// ends [T]: writes every token of the rows. Returns the first token whose NaN could decide a
+// boundary, else -1; always -1 on GPUs, where finding it would mean waiting for the kernel.
+int64_t segment_ends(Floats entropy, const bool* mask, Rows rows, Boundaries boundaries, bool* ends,
+                     Executor executor);
 
 }  // namespace segk

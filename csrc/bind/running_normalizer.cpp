@@ -1,4 +1,4 @@
-#include "segk/normalizer.h"
+#include "segk/running_normalizer.h"
 
 #include "bind/bind.h"
 
@@ -6,7 +6,7 @@ namespace py = pybind11;
 using namespace py::literals;
 using namespace segk;
 
-void bind_normalizer(py::module_& m) {
+void bind_running_normalizer(py::module_& m) {
   m.def(
       "location_moments",
       [](FloatsArg rewards, uintptr_t ends, uintptr_t mask, RowsArg rows, int64_t bins,

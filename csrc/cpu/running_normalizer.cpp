@@ -1,6 +1,6 @@
 // Rows are divided into groups by their number alone, and the tables of the groups are merged in
 // order, so results do not depend on the number of threads.
-#include "segk/normalizer.h"
+#include "segk/running_normalizer.h"
 
 #include <algorithm>
 #include <atomic>
@@ -9,8 +9,8 @@
 
 #include "cpu/flags.h"
 #include "cpu/parallel.h"
-#include "cpu/storage.h"
 #include "segk/moments.h"
+#include "segk/storage.h"
 
 namespace segk {
 namespace {

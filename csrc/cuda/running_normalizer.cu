@@ -7,8 +7,8 @@
 #include "cuda/scan.cuh"
 #include "cuda/tokens.cuh"
 #include "segk/moments.h"
-#include "segk/normalizer.h"
 #include "segk/rewards.h"
+#include "segk/running_normalizer.h"
 
 namespace segk {
 namespace {
@@ -53,10 +53,9 @@ struct LocationArgs {
 // Adds the segments of a row to a table, tile by tile. Of the segments in a tile that belong to the
 // same bin, the thread of the first one adds them all: no two threads write the same bin. Counts
 // what this thread has seen.
-__device__ void add_row(Group group, const LocationArgs& a, int64_t begin, int64_t end,
-                        float* at_ends, Moments* table, uint32_t& not_finite) {
+__device__ void add_row(Group group, const LocationArgs& a, const Tiles& tiles, float* at_ends,
+                        Moments* table, uint32_t& not_finite) {
   const EndsBefore none{0, 0};
-  const Tiles tiles(group, begin, end);
   int32_t mine = 0;
   for (int32_t tile = 0; tile < tiles.count(); ++tile) {
     const Items items = tiles.items(tile);
@@ -113,13 +112,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     uint32_t not_finite = 0;
     for (int64_t first = part * a.rows_per_block; first < a.rows.count;
          first += a.n_parts * a.rows_per_block) {
-      for_each_row(a.rows, first, a.rows_per_block,
-                   [&](Group group, int64_t, int64_t begin, int64_t end) {
-                     const int warp = static_cast<int>(threadIdx.x) / kWarp;
-                     const int which = group.size() == block.size() ? 0 : warp;
-                     add_row(group, a, begin, end, at_ends + which * kWarp * kItems,
-                             tables + which * a.bins, not_finite);
-                   });
+      for_each_row(a.rows, first, a.rows_per_block, [&](Group group, int64_t, const Tiles& tiles) {
+        const int warp = static_cast<int>(threadIdx.x / kWarp);
+        const int which = group.size() == block.size() ? 0 : warp;
+        add_row(group, a, tiles, at_ends + which * kWarp * kItems, tables + which * a.bins,
+                not_finite);
+      });
     }
     const Count sum = block.scan<From::left>(Count{not_finite}, none, none).total;
     if (block.rank() == 0) a.not_finite_of[part] = sum;

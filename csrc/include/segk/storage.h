@@ -8,9 +8,10 @@ namespace segk {
 // Floats whose dtype the compiler knows.
 template <DType kDType>
 struct Stored {
+  static constexpr DType dtype = kDType;
   const void* data;
 
-  float operator[](int64_t i) const { return Floats{data, kDType}[i]; }
+  SEGK_HD float operator[](int64_t i) const { return Floats{data, kDType}[i]; }
 };
 
 // Calls body(arrays...) with the arrays as Stored where all have one dtype, as they are where not.
