@@ -1,4 +1,4 @@
-"""Reward training, ours beside TRL's: ``python benchmarks/bench_training.py``, two minutes.
+"""Reward training, ours beside TRL's: ``python benchmarks/bench_training.py``.
 
 With ``--model DIR --pairs FILE`` a language model and preference pairs of your own, else a Llama of
 random weights on generated pairs. Each trainer has a process of its own, is given the same weights
@@ -359,6 +359,12 @@ def loss_error(found: Sequence[float], expected: Sequence[float]) -> float:
     return max(abs(x - y) / abs(y) for x, y in zip(found, expected, strict=True))
 
 
+def told(name: str, seconds: float) -> float:
+    """``seconds``, said to whoever waits: a pass of a real model takes minutes."""
+    print(f"{name}: {seconds:.2f} s, load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    return seconds
+
+
 def check(result: Mapping[str, Any]) -> None:
     """Wrong for losses or gradients that are not those of padded rows."""
     for what, bound in (("loss", LOSS_ERROR), ("gradient", GRADIENT_ERROR)):
@@ -392,7 +398,7 @@ def side_by_side(
                 continue
             running[name] = Process(name, folder, batch, repeats, seed)
             try:
-                running[name].reply()  # the first batch
+                results[name]["first_batch"] = told(name, running[name].reply()["seconds"])
                 if name != PADDED:
                     files = (gradients_file(folder, each) for each in (name, PADDED))
                     results[name]["gradient_error"] = gradient_error(*files)
@@ -405,7 +411,7 @@ def side_by_side(
             for name in names[first:] + names[:first]:
                 try:
                     running[name].go()
-                    samples[name].append(running[name].reply()["seconds"])
+                    samples[name].append(told(name, running[name].reply()["seconds"]))
                 except (Ended, OSError) as error:
                     left_out(name, error)
         for name in list(running):
