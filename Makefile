@@ -57,6 +57,7 @@ BENCH := $(BIN)/python -m pytest benchmarks --quiet --benchmark-quiet
 bench: setup .venv/peers
 ifeq ($(strip $(BENCH_ARGS)),)
 	$(BENCH) --results benchmarks/results
+	$(BIN)/python benchmarks/bench_training.py --results benchmarks/results
 	$(BIN)/python benchmarks/documents.py
 else
 	$(BENCH) $(BENCH_ARGS)

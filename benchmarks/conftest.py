@@ -8,11 +8,7 @@ file under ``benchmarks/results`` is written at the end of a run over everything
 import os
 from pathlib import Path
 
-# AVX2 means AVX2 for everybody: torch, its matrix products and what it compiles.
-if os.environ.get("SEGKERNELS_ISA") == "avx2":
-    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
-    os.environ["MKL_ENABLE_INSTRUCTIONS"] = "AVX2"
-    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+import instruction_sets  # noqa: F401  (before torch computes)
 
 # Inductor finds code in its cache that was made for another instruction set, and crashes in it:
 # each has a cache of its own.

@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
 
-from goals import CPU_GOALS, GPU_GOALS, UNMEASURED, table
+from goals import CPU_GOALS, GPU_GOALS, TRAINING_GOALS, UNMEASURED, Goal, table
 from result_file import File, files
 from tables import glance, machine, of_case
 
@@ -28,20 +28,27 @@ def _everything(file: File) -> str:
     return "\n\n".join([f"### {file.name}", f"{machine(file)}.", *parts])
 
 
+def _reached(goals: Sequence[Goal], of: Sequence[File]) -> list[File]:
+    """The files in which one of the goals is measured."""
+    return [file for file in of if any(goal.measured(file) != UNMEASURED for goal in goals)]
+
+
 def blocks() -> dict[str, str]:
     """What belongs between each pair of markers."""
-    cpu, gpu = files("cpu"), files("gpu")
+    cpu, gpu, training = files("cpu"), files("gpu"), files("training")
     first = cpu[:1]
     reached = [goal for goal in GPU_GOALS if any(goal.measured(x) != UNMEASURED for x in gpu)]
     return {
         "goals cpu": table(CPU_GOALS, cpu).markdown(),
         "goals gpu": table(GPU_GOALS, gpu).markdown(),
+        "goals training": table(TRAINING_GOALS, _reached(TRAINING_GOALS, training)).markdown(),
         "measured gpu": table(reached, gpu).markdown() if reached else "No GPU is measured yet.",
         "glance": "\n\n".join(f"{machine(x)}.\n\n{glance(x).markdown()}" for x in first),
         "plots": "\n".join(
             f"![{plot.title}](images/{plot.name})" for file in first for plot in plots(file)
         ),
         "results cpu": "\n\n".join(map(_everything, cpu)),
+        "results training": "\n\n".join(map(_everything, training)) or "Not yet measured.",
         "results gpu": "\n\n".join(map(_everything, gpu)) or "Not yet measured.",
     }
 

@@ -194,6 +194,21 @@ def _launches(_: File, case: Measured) -> Found:
 
 LAUNCHES = Measure(_launches, "", "without synchronisation", at_least=False)
 
+
+def _memory_beside(_: File, case: Measured) -> Found:
+    """Of a process, with all that it holds."""
+    trl = case.find(name="TRL")
+    if case.ours is None or trl is None:
+        return NOTHING
+    if "median" not in trl:
+        return None, trl["reason"]
+    if case.ours["peak_bytes"] is None or trl["peak_bytes"] is None:
+        return None, "peak memory was not measured"
+    return case.ours["peak_bytes"] / trl["peak_bytes"], ""
+
+
+TRL_MEMORY = Measure(_memory_beside, "%", "of TRL's peak memory", at_least=False)
+
 LIGER = "Liger, SM90"
 # What Liger reports for that form on an H100, for 8,192 x 4,096 x 131,072 with entropy: forward,
 # and forward + backward. The rate of its machine's products is not reported; that of the forward
@@ -310,6 +325,26 @@ CPU_GOALS = (
         f"{PATH}, 1,024 x 1,024, 1 to 2 cores",
         *(PATH, FWD, FP32, _uniform(1024, 1024), CORES, 1.8),
     ),
+)
+
+# SmolLM2-135M with the head of a reward model, on pairs of up to 2,048 tokens.
+TRAINED = {
+    "model": "llama",
+    "parameters": 134_515_584,
+    "data": ...,
+    "pairs": ...,
+    "longest": 2048,
+}
+
+TRAINING_GOALS = tuple(
+    goal
+    for batch, times in ((8, 3.5), (16, 4.2))
+    for goal in _goals(
+        f"reward training, SmolLM2-135M, {batch} pairs a batch",
+        *("reward training", BOTH, FP32, {**TRAINED, "batch": batch}),
+        (against(name="TRL"), times),
+        (TRL_MEMORY, 0.5),
+    )
 )
 
 WIDE = _logits(151_936, rows=8192)

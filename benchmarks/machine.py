@@ -90,7 +90,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 def header(device: str) -> dict[str, Any]:
     """The first line of a result file: of "cpu", "cuda" or, for a run that measures nothing,
     "none". Without git its commit is None."""
-    changes = _output("git", "status", "--porcelain", "--", "segkernels", "csrc")
+    changes = _output("git", "status", "--porcelain", "--", "segkernels", "csrc", "python")
     facts = {
         "commit": _output("git", "rev-parse", "HEAD"),
         "uncommitted": None if changes is None else bool(changes),

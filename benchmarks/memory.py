@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """Bytes that Linux counts under that name: VmRSS now, VmHWM at most."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
@@ -37,9 +38,9 @@ def peak_memory(run: Callable[[], dict[str, Tensor]], device: torch.device) -> i
     if platform.system() != "Linux":
         return None
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     kept = run()
-    after = _status("VmHWM")
+    after = status("VmHWM")
     del kept
     return max(0, after - before)

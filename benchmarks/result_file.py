@@ -58,7 +58,9 @@ class Measured:
 def describe(shape: Mapping[str, Any]) -> str:
     """The shape of a case in words."""
     size = {name: f"{x:,}" if isinstance(x, int) else x for name, x in shape.items()}
-    if "hidden" in shape:
+    if "batch" in shape:
+        text = "{model} of {parameters} parameters, {pairs} pairs ({data}), {batch} a batch"
+    elif "hidden" in shape:
         text = "{tokens} x {hidden} x {vocab}"
     elif "active" in shape:
         text = "{layout}, {active} of {rows} x {vocab}"
@@ -139,6 +141,6 @@ def read(path: Path) -> File:
 
 
 def files(device: str) -> list[File]:
-    """Those of "cpu" or "gpu"; AVX2 first, which the goals are set for."""
+    """Those of "cpu", "gpu" or "training"; AVX2 first, which the goals are set for."""
     found = map(read, sorted(RESULTS.glob(f"{device}-*.jsonl")))
     return sorted(found, key=lambda file: file.name != "AVX2")

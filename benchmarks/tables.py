@@ -72,17 +72,23 @@ def share(file: File, result: Result, case: Measured) -> str:
     return "" if bandwidth is None else f"{rate / bandwidth:.0%} of the {kind} bandwidth"
 
 
-def _row(file: File, result: Result, case: Measured) -> list[str]:
-    if "median" not in result:
-        return [result["name"], result["reason"][:80], "", "", "", "", ""]
+def _timed(result: Result, case: Measured) -> list[str]:
     ours = case.ours
-    extra = result.get("peak_bytes")
     spread = (result["q3"] - result["q1"]) / 2 / result["median"]
     return [
         result["name"],
         duration(result["median"]),
         f"±{spread:.0%}" if result["samples"] > 1 else "one call",
         "" if ours is None else f"{number(result['median'] / ours['median'])}x",
+    ]
+
+
+def _row(file: File, result: Result, case: Measured) -> list[str]:
+    if "median" not in result:
+        return [result["name"], result["reason"][:80], "", "", "", "", ""]
+    extra = result.get("peak_bytes")
+    return [
+        *_timed(result, case),
         share(file, result, case),
         "" if extra is None else memory(max(0, extra - result["output_bytes"])),
         f"{result['error']:.0e}" if "error" in result else "",
@@ -92,7 +98,28 @@ def _row(file: File, result: Result, case: Measured) -> list[str]:
 COLUMNS = ["contender", "time", "spread", "of ours", "share", "memory", "error"]
 
 
+def _trained(result: Result, case: Measured) -> list[str]:
+    """Of a case of bench_training.py."""
+    if "median" not in result:
+        return [result["name"], result["reason"][:80], *[""] * (len(TRAINED) - 2)]
+    errors = ("loss_error", "gradient_error")
+    peak = result["peak_bytes"]
+    return [
+        *_timed(result, case),
+        number(case.shape["pairs"] / result["median"]),
+        f"{result['tokens']:,}",
+        "" if peak is None else memory(peak),
+        *(f"{result[error]:.0e}" if error in result else "" for error in errors),
+    ]
+
+
+TRAINED = ["trainer", "time", "spread", "of ours", "pairs/s", "tokens read", "peak memory"]
+TRAINED += ["loss error", "gradient error"]
+
+
 def of_case(file: File, case: Measured) -> Table:
+    if "batch" in case.shape:
+        return Table(TRAINED, [_trained(result, case) for result in case.contenders])
     return Table(COLUMNS, [_row(file, result, case) for result in case.contenders])
 
 

@@ -1,5 +1,6 @@
 """Everybody computes the same and takes turns, and documents say what was measured."""
 
+import functools
 import inspect
 import math
 import platform
@@ -10,6 +11,7 @@ from pathlib import Path
 import bench_linear as linear
 import bench_sequence as sequence
 import bench_token_stats as token_stats
+import bench_training as training
 import documents
 import goals
 import gpu
@@ -443,6 +445,123 @@ def test_a_file_becomes_tables():
     assert "commit 0123456789" in text
     unknown = tables.machine(result_file.File(facts(commit=None, uncommitted=None), ()))
     assert "commit unknown" in unknown
+
+
+# ---- reward training ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_pairs(tmp_path_factory):
+    """What trainers read: the folder, and what ``prepare`` says of it."""
+    folder = tmp_path_factory.mktemp("training")
+    workload = training.Workload(
+        count=3, max_length=64, max_prompt_length=40, hidden=16, layers=1, seed=3
+    )
+    return folder, training.prepare(workload, folder)
+
+
+def test_trainers_do_the_same_work(small_pairs):
+    folder, shape = small_pairs
+    case = training.side_by_side(shape, folder, batch=2, repeats=1)
+    assert case["shape"] == shape | {"batch": 2}
+    by_name = {result["name"]: result for result in case["contenders"]}
+    if by_name["TRL"].get("reason") == "not installed":
+        del by_name["TRL"]
+    assert {"segrlhf", "segrlhf, padded rows"} <= by_name.keys()
+    for result in by_name.values():
+        assert len(result["losses"]) == 2  # of a whole pass, after a batch that is left out
+        assert result["samples"] == 1
+        assert result["median"] > 0
+    assert by_name["segrlhf"]["tokens"] < by_name["segrlhf, padded rows"]["tokens"]
+    text = tables.text(result_file.File(facts(), [case]))
+    assert "3 pairs (generated), 2 a batch" in text
+    assert "gradient error" in text
+
+
+@pytest.mark.parametrize("error", [2e-5, math.inf, math.nan])
+def test_a_trainer_with_other_losses_has_no_time(error):
+    training.check({"loss_error": 1e-5, "gradient_error": 1e-4})
+    with pytest.raises(Wrong, match="loss error"):
+        training.check({"loss_error": error, "gradient_error": 0.0})
+    with pytest.raises(Wrong, match="gradient error"):
+        training.check({"loss_error": 0.0, "gradient_error": 10 * error})
+
+
+def test_errors_of_losses_and_gradients_are_shares(tmp_path):
+    assert training.loss_error([1.0, 3.0], [1.0, 2.0]) == 0.5
+    for name, numbers in {"a": [3.0, 4.0], "b": [3.0, 4.5], "c": [3.0]}.items():
+        torch.tensor(numbers).numpy().tofile(tmp_path / name)
+    a, b, c = (tmp_path / name for name in "abc")
+    assert training.gradient_error(a, a) == 0
+    assert training.gradient_error(b, a) == pytest.approx(0.1)
+    assert training.gradient_error(c, a) == math.inf
+
+
+class Said:
+    """A trainer's process, as ``side_by_side`` sees it."""
+
+    def __init__(self, name, folder, *_, dies=(), wrong=()):
+        self.replies = [{"seconds": 9.0}, {"seconds": 2.0}]
+        losses = [0.7, 0.8 if name in wrong else 0.6]
+        self.replies.append({"losses": losses, "tokens": 5, "peak_bytes": 1})
+        self.dies = name in dies
+        torch.ones(3).numpy().tofile(training.gradients_file(folder, name))
+
+    def go(self):
+        if self.dies:
+            raise BrokenPipeError("gone")
+
+    def reply(self):
+        return self.replies.pop(0)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"dies": ["TRL"]}, "BrokenPipeError: gone"),
+        ({"wrong": ["TRL"]}, "Wrong: loss error 3.3e-01"),
+    ],
+)
+def test_what_befalls_trl_is_its_reason(how, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(training, "Process", functools.partial(Said, **how))
+    case = result_file.Measured(training.side_by_side({"pairs": 2}, tmp_path, 1, repeats=1))
+    assert case.ours["median"] == 2.0
+    trl = case.find(name="TRL")
+    assert trl["reason"].startswith(reason)
+    assert "median" not in trl
+
+
+@pytest.mark.parametrize("how", [{"dies": ["segrlhf"]}, {"wrong": ["segrlhf"]}])
+def test_what_befalls_our_trainer_is_an_error(how, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training, "Process", functools.partial(Said, **how))
+    with pytest.raises((Wrong, BrokenPipeError)):
+        training.side_by_side({"pairs": 2}, tmp_path, 1, repeats=1)
+
+
+def trained(batch, **trl):
+    shape = {"model": "llama", "parameters": 134_515_584, "data": "f", "pairs": 24}
+    shape |= {"longest": 2048, "batch": batch}
+    ours = result("segrlhf", 10.0, peak_bytes=1 << 30) | {"role": "ours"}
+    return line(
+        *(ours, result("TRL", **trl)),
+        **{"op": "reward training", "pass": "forward + backward", "shape": shape},
+    )
+
+
+def test_goals_of_training_are_held_against_trl():
+    first = trained(8, median=35.0, peak_bytes=3 << 30)
+    second = trained(16, reason="not installed")
+    assert measured(first, second, of=goals.TRAINING_GOALS) == [
+        *("3.50x", "33%"),
+        *["no number: not installed"] * 2,
+    ]
+    [goal] = {goal.about for goal in goals.TRAINING_GOALS if goal.bound == 4.2}
+    assert goal == "reward training, SmolLM2-135M, 16 pairs a batch"
 
 
 # ---- make gpu ----------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ from segrlhf.entropy_cache import (
     Pairs,
     build_entropy_cache,
     describe,
-    entropies,
     load_entropy_model,
 )
 from segrlhf.errors import NonFiniteError, UserError
@@ -242,9 +241,7 @@ class World:
     def pairs(self, rows: list[Row]) -> Pairs:
         """Pairs with their entropies, which the first call computes and keeps."""
         found = datasets.Dataset.from_list(rows)
-        cache = build_entropy_cache(
-            self.lm, self.tokenizer, found, cache_dir=self.out / "entropy", batch_size=64
-        )
+        cache = build_entropy_cache(self.lm, self.tokenizer, found, cache_dir=self.out / "entropy")
         return Pairs(found, cache)
 
     def rows(self, split: str) -> list[Row]:
@@ -398,7 +395,7 @@ def fit_rewards(world: World, pairs: Pairs, granularity: str) -> dict[str, Any]:
         for pair, row in enumerate(pairs[i] for i in range(len(pairs)))
         for side, name in enumerate(SIDES)
     ]
-    normalizer, fit = fit_normalizer.fit_responses(model, responses, batch_size=64)
+    normalizer, fit = fit_normalizer.fit_responses(model, responses)
     fit_normalizer.write(directory, model, normalizer, fit)
     return fit
 
@@ -435,7 +432,7 @@ def comparison(config: DemoConfig, world: World) -> compare.Comparison:
 def colour(world: World, run: dict[str, Any]) -> list[dict[str, Any]]:
     """Held-out responses before and after, with their segment rewards, for the page."""
     config = score.RewardModelConfig(str(world.reward_model("segment")))
-    model, lm = score.load_reward_model(config), load_entropy_model(world.lm)
+    model = score.load_reward_model(config)
     rows: list[dict[str, Any]] = []
     responses = []
     for i, prompt in enumerate(world.prompts["test"][:N_EXAMPLES]):
@@ -445,11 +442,11 @@ def colour(world: World, run: dict[str, Any]) -> list[dict[str, Any]]:
             ids = world.tokenizer(text, add_special_tokens=False)["input_ids"]
             if not ids:
                 continue
-            entropy = entropies(lm, [start], [ids], [f"prompt {i}"])[0]
-            responses.append(score.Response(f"prompt {i}", start, ids, False, entropy))
+            responses.append(score.Response(f"prompt {i}", start, ids, False))
             label = f"{when} PPO, gold {world.gold.reward(text):+.1f}"
             rows.append({"label": label, "prompt": prompt})
-    scores = score.score_responses(model, responses, batch_size=len(responses))
+    score.add_entropies(responses, world.lm, world.tokenizer)
+    scores = score.score_responses(model, responses)
     for row, response, scored in zip(rows, responses, scores, strict=True):
         text, spans = score.pieces(world.tokenizer, response.ids, scored.ends)
         rewards = scored.rewards.tolist()

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,12 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from .configs import ModelConfig
-from .data.batch import pad_responses
+from .data.batch import SIDES, Example, Sizes, pair_example, responses_of
 from .data.tokenize import tokenizer_key
 from .errors import NonFiniteError, UserError
-from .models.lm_head import token_stats
+from .models.lm_head import response_entropy, response_states
 from .models.loading import check_positions, check_vocabulary, load_causal_lm, load_config
+from .models.packing import PackingConfig, make_reader
 from .runtime import files
 from .runtime.checkpoints import saving
 from .runtime.distributed import processes
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-SIDES = ("chosen", "rejected")
 FORMAT = 2  # part of the key: raise it when what is stored changes meaning
 
 
@@ -101,7 +101,7 @@ class EntropyCache:
         return entropy, torch.from_numpy((offsets - offsets[0]).astype(np.int32))
 
     def check(self, lengths: np.ndarray) -> list[int]:
-        """Responses that are not computed yet, longest first; reads the whole file.
+        """Responses that are not computed yet; reads the whole file.
 
         Raises UserError where responses have other numbers of tokens than ``lengths``, or numbers
         that are not those which were written.
@@ -120,7 +120,7 @@ class EntropyCache:
                 f"entropy cache: expected the numbers that were written, got others in "
                 f"{len(damaged)} responses, first {describe(damaged[0])}"
             )
-        return sorted(todo, key=lambda i: (-int(lengths[i]), i))
+        return todo
 
     @staticmethod
     def create(directory: Path, lengths: np.ndarray) -> None:
@@ -223,13 +223,14 @@ def _tables(pairs: Dataset) -> Iterator[Any]:
     yield from pairs.select_columns(columns).with_format("arrow").iter(batch_size=1000)
 
 
-def _lengths(pairs: Dataset) -> np.ndarray:
-    """Tokens of chosen_0, rejected_0, chosen_1, ...; int [2 pairs]."""
-    out = []
+def pair_sizes(pairs: Dataset) -> Sizes:
+    """Lengths of every prompt and response, read without the ids."""
+    found: dict[str, list[np.ndarray]] = {"prompt": [], "chosen": [], "rejected": []}
     for table in _tables(pairs):
-        both = [table[f"{s}_ids"].combine_chunks().value_lengths().to_numpy() for s in SIDES]
-        out.append(np.stack(both, axis=1).reshape(-1))
-    return np.concatenate(out)
+        for name, parts in found.items():
+            parts.append(table[f"{name}_ids"].combine_chunks().value_lengths().to_numpy())
+    prompts, *responses = (np.concatenate(parts).astype(np.int64) for parts in found.values())
+    return Sizes(prompts, np.stack(responses, axis=1))
 
 
 def pairs_digest(pairs: Dataset) -> str:
@@ -283,19 +284,21 @@ def build_entropy_cache(
     pairs: Dataset,
     *,
     cache_dir: str | Path | None = None,
-    batch_size: int = 16,
+    options: PackingConfig | None = None,
     revision: str = "main",
     trust_remote_code: bool = False,
 ) -> EntropyCache:
     """The complete cache of ``pairs`` under the frozen LM; computes what is missing.
 
     ``pairs`` is what ``tokenize_pairs`` gives. The LM runs in the dtype of its checkpoint and
-    is loaded only if something is missing. A cache that is damaged is set aside, under a name that
-    is printed, and built again. Under torchrun or accelerate every process must call this; they
-    share the work. Raises NonFiniteError naming the row when an entropy is NaN.
+    is loaded only if something is missing; its batches depend on the pairs alone, so that a build
+    which was cut off ends with the same numbers. A cache that is damaged is set aside, under a name
+    that is printed, and built again. Under torchrun or accelerate every process must call this;
+    they share the work. Raises NonFiniteError naming the row when an entropy is NaN.
     """
     state = processes()
-    lengths = _lengths(pairs)
+    sizes = pair_sizes(pairs)
+    lengths = sizes.responses.reshape(-1)
     found: list[Any] = [None]
     if state.is_main_process:
         found[0] = cache_directory(
@@ -309,22 +312,23 @@ def build_entropy_cache(
         left: list[Any] = [None]
         if state.is_main_process:
             left[0] = _todo(directory, lengths)
-        todo = broadcast_object_list(left)[0]
+        todo = set(broadcast_object_list(left)[0])
         cache = EntropyCache(directory)
         if not todo:
             return cache
         model = load_entropy_model(model_name_or_path, revision, trust_remote_code)
-        batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
-        batches = batches[state.process_index :: state.num_processes]
+        computed = entropies(
+            model,
+            sizes,
+            lambda pair: pair_example(pairs[pair]),
+            lambda pair, side: describe(2 * pair + side),
+            options,
+            {response // 2 for response in todo},
+        )
         with cache.writer() as write:
-            for batch in tqdm(batches, desc="entropies", disable=not state.is_main_process):
-                rows = [pairs[i // 2] for i in batch]
-                prompts = [row["prompt_ids"] for row in rows]
-                responses = [row[f"{SIDES[i % 2]}_ids"] for i, row in zip(batch, rows, strict=True)]
-                names = [describe(i) for i in batch]
-                computed = entropies(model, prompts, responses, names)
-                for index, values in zip(batch, computed, strict=True):
-                    write(index, values)
+            for pair, side, values in computed:
+                if 2 * pair + side in todo:
+                    write(2 * pair + side, values)
         state.wait_for_everyone()
     return cache
 
@@ -360,7 +364,7 @@ def find_entropy_cache(
         return None
     try:
         cache = EntropyCache(directory)
-        return None if cache.check(_lengths(pairs)) else cache
+        return None if cache.check(pair_sizes(pairs).responses.reshape(-1)) else cache
     except UserError as damage:
         print(f"{damage}. It is not used", flush=True)
         return None
@@ -377,29 +381,43 @@ def load_entropy_model(
 @torch.inference_mode()
 def entropies(
     model: Any,
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    names: Sequence[str],
-) -> list[np.ndarray]:
-    """Entropies in nats, fp32 [tokens] for each response: one forward of the LM.
+    sizes: Sizes,
+    example: Callable[[int], Example],
+    name: Callable[[int, int], str],
+    options: PackingConfig | None = None,
+    wanted: Container[int] | None = None,
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(Example, place of the response in it, entropies in nats, fp32 [tokens]) of this process's
+    share of the examples.
 
-    Raises NonFiniteError with the response's name when one is NaN or infinite.
+    ``example`` gives one by number, ``name`` a response's for messages. Batches depend on ``sizes``
+    alone; those without a ``wanted`` example are left out. Raises NonFiniteError with the name of a
+    response whose entropy is NaN or infinite.
     """
-    ids, attention, action = pad_responses(prompts, responses, model.device)
-    check_positions(model, ids.shape[1], f"a batch with {names[0]}")
-    entropy = token_stats(model, ids, attention, action)[1].float().cpu()
-    out = []
-    for row, mask, name in zip(entropy, action.cpu(), names, strict=True):
-        values = row[mask]
-        bad = (~values.isfinite()).nonzero()
-        if bad.numel():
-            raise NonFiniteError(
-                f"entropy: expected finite numbers, got {float(values[bad[0, 0]])} at token "
-                f"{int(bad[0, 0])} of the response of {name}; the entropy model gives NaN or "
-                "infinite logits there: check its weights and dtype"
-            )
-        out.append(values.numpy())
-    return out
+    state = processes()
+    longest = int(sizes.widths("none").max(initial=0))
+    check_positions(model, longest, f"row {int(sizes.widths('none').argmax())}")
+    reader = make_reader(model, options or PackingConfig(), response_states, sizes, example)
+    plan = reader.plan(sizes)
+    if wanted is not None:
+        plan = [batch for batch in plan if any(index in wanted for index in batch.tolist())]
+    plan = plan[state.process_index :: state.num_processes]
+    for numbers in tqdm(plan, desc="entropies", disable=not state.is_main_process):
+        examples = [example(index) for index in numbers.tolist()]
+        batch = reader.batch(examples, model.device)
+        values = response_entropy(model, batch, reader.packing).float().cpu().numpy()
+        for (index, place), (start, stop) in zip(
+            responses_of(examples), itertools.pairwise(batch.cu_seqlens.tolist()), strict=True
+        ):
+            of_response, number = values[start:stop], int(numbers[index])
+            bad = np.flatnonzero(~np.isfinite(of_response))
+            if len(bad):
+                raise NonFiniteError(
+                    f"entropy: expected finite numbers, got {of_response[bad[0]]} at token "
+                    f"{bad[0]} of the response of {name(number, place)}; the entropy model gives "
+                    "NaN or infinite logits there: check its weights and dtype"
+                )
+            yield number, place, of_response
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -412,8 +430,14 @@ class Pairs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        return pair_sizes(self.pairs)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = {**self.pairs[index], "row": index}
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            row[name] = np.asarray(row[name])
         if self.cache is not None:
             row["chosen_entropy"], row["rejected_entropy"] = self.cache[index]
         return row

@@ -17,10 +17,12 @@ from segkernels import LocationFit, Normalizer, ScalarNormalizer, fit_location
 
 from .charts import normalizer_chart
 from .configs import SEED, DataConfig, Range, flag
+from .data.batch import SIDES
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
-from .entropy_cache import SIDES, build_entropy_cache, describe, find_entropy_cache
+from .entropy_cache import build_entropy_cache, describe, find_entropy_cache
 from .errors import UserError
+from .models.packing import PackingConfig
 from .models.reward_model import SegmentRewardModel
 from .outputs import check_writable
 from .runtime import files
@@ -69,11 +71,11 @@ def fit_responses(
     model: SegmentRewardModel,
     responses: list[Response],
     kind: str = "auto",
-    batch_size: int = 16,
+    options: PackingConfig | None = None,
 ) -> tuple[Normalizer, dict[str, Any]]:
     """The normaliser that ``kind`` names, fitted to all segments of ``responses``; both forms and
     the curves behind them as ``run`` describes, without ``n_pairs``."""
-    scored = score_responses(model, responses, batch_size)
+    scored = score_responses(model, responses, options)
     positions = torch.from_numpy(np.concatenate([s.positions for s in scored]))
     rewards = torch.from_numpy(np.concatenate([s.rewards for s in scored])).double()
     fit = fit_location(positions, rewards)
@@ -125,7 +127,7 @@ def run(data: DataConfig, config: FitConfig) -> dict[str, Any]:
         draw = np.random.default_rng(config.seed).permutation(len(pairs))
         sample = np.sort(draw[: config.max_pairs]).tolist()
     rows = _responses(model, tokenizer, pairs, sample, config)
-    chosen, result = fit_responses(model, rows, config.kind, config.batch_size)
+    chosen, result = fit_responses(model, rows, config.kind, config)
     result["n_pairs"] = len(sample)
     if processes().is_main_process:
         write(directory, model, chosen, result)
@@ -158,7 +160,7 @@ def _responses(
                 tokenizer,
                 pairs.select(sample),
                 cache_dir=cache_dir,
-                batch_size=config.batch_size,
+                options=config,
             )
             index = {row: k for k, row in enumerate(sample)}
     out = []

@@ -11,20 +11,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from segkernels import segment_positions, segment_scores
 
 from .configs import THRESHOLD, DataConfig, ModelConfig, PairConfig, Range, check_flags, flag
-from .data.batch import pad_responses
+from .data.batch import SIDES, Example, Ids, Sizes, responses_of
 from .data.load import load_rows
 from .data.render import Renderer, checked_row, split_pair
 from .data.tokenize import cut_to_length
-from .entropy_cache import SIDES, entropies, load_entropy_model
+from .entropy_cache import entropies, load_entropy_model
 from .errors import NonFiniteError, UserError
 from .models.loading import check_positions, check_vocabulary, load_tokenizer
-from .models.reward_model import SegmentRewardModel
+from .models.packing import PackingConfig, make_reader
+from .models.reward_model import SegmentRewardModel, response_rewards
 from .page import responses_html
 from .reward.run import trained_with
 from .runtime import files
@@ -34,7 +34,7 @@ _TRAINED = ("reward_model",)  # what was so in its training
 
 
 @dataclass
-class RewardModelConfig:
+class RewardModelConfig(PackingConfig):
     """What ``fit-normalizer`` and ``score`` say about the reward model and its entropies."""
 
     reward_model: str = flag(
@@ -94,7 +94,6 @@ class RewardModelConfig:
         nargs="?",
         const=True,
     )
-    batch_size: int = flag(16, "Responses in one forward.", limits=Range(min=1))
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -175,53 +174,76 @@ def tokenization(config: RewardModelConfig) -> dict[str, Any]:
 
 @torch.inference_mode()
 def score_responses(
-    model: SegmentRewardModel, responses: Sequence[Response], batch_size: int
+    model: SegmentRewardModel,
+    responses: Sequence[Response],
+    options: PackingConfig | None = None,
 ) -> list[Scored]:
-    """The segments of each response, in order; a forward takes ``batch_size`` of similar length.
+    """The segments of each response, in order.
 
+    Responses that follow each other and have the same prompt are read together, as ``options`` say.
     Under torchrun or accelerate the processes share the work and each returns everything. Raises
     NonFiniteError naming the first response with a NaN or infinite segment reward.
     """
+    if not responses:
+        return []
     state = processes()
-    order = sorted(
-        range(len(responses)), key=lambda i: -len(responses[i].prompt_ids) - len(responses[i].ids)
+    examples, numbers = _examples(responses)
+    sizes = Sizes.of(examples)
+    longest = int(sizes.widths("none").argmax())
+    check_positions(model, int(sizes.widths("none")[longest]), responses[numbers[longest][0]].name)
+    reader = make_reader(
+        model, options or PackingConfig(), response_rewards, sizes, examples.__getitem__
     )
-    if order:
-        longest = responses[order[0]]
-        check_positions(model, len(longest.prompt_ids) + len(longest.ids), longest.name)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches = batches[state.process_index :: state.num_processes]
+    plan = reader.plan(sizes)[state.process_index :: state.num_processes]
     found: list[tuple[int, Scored]] = []
-    for batch in tqdm(batches, desc="rewards", disable=not state.is_main_process):
-        rows = [responses[i] for i in batch]
-        ids, attention, mask = pad_responses(
-            [row.prompt_ids for row in rows], [row.ids for row in rows], model.device
-        )
-        rewards = model(input_ids=ids, attention_mask=attention)
-        terminated = torch.tensor([row.terminated for row in rows], device=model.device)
-        ends = model.segment_ends(_entropy(rows, mask), mask, terminated)
-        for k, (index, row) in enumerate(zip(batch, rows, strict=True)):
-            one = slice(k, k + 1)
-            at_ends = rewards[one][ends[one]].cpu()
-            bad = (~at_ends.isfinite()).nonzero()
+    for of_batch in tqdm(plan, desc="rewards", disable=not state.is_main_process):
+        read = [examples[index] for index in of_batch]
+        order = [numbers[of_batch[index]][place] for index, place in responses_of(read)]
+        rows = [responses[number] for number in order]
+        batch = reader.batch(read, model.device)
+        rewards = response_rewards(model, batch, reader.packing)
+        mask = torch.ones_like(rewards, dtype=torch.bool)
+        entropy = None
+        if rows[0].entropy is not None:
+            values = np.concatenate([row.entropy for row in rows])  # type: ignore[misc]
+            entropy = torch.from_numpy(values).to(rewards.device)
+        terminated = torch.tensor([row.terminated for row in rows], device=rewards.device)
+        ends = model.segment_ends(entropy, mask, terminated, batch.cu_seqlens)
+        # Positions of segments, one after the other; those of a response follow each other.
+        positions = segment_positions(ends, mask, cu_seqlens=batch.cu_seqlens).cpu().numpy()
+        at_ends, at = rewards[ends].cpu(), ends.nonzero().squeeze(1).cpu().numpy()
+        first = batch.cu_seqlens.cpu().numpy()
+        of_row = np.searchsorted(at, first)
+        for k, (number, row) in enumerate(zip(order, rows, strict=True)):
+            part = slice(of_row[k], of_row[k + 1])
+            bad = (~at_ends[part].isfinite()).nonzero()
             if bad.numel():
                 raise NonFiniteError(
-                    f"reward: expected finite numbers, got {float(at_ends[bad[0, 0]])} at segment "
-                    f"{int(bad[0, 0])} of {row.name}; the reward model's weights or that row are "
-                    "at fault"
+                    f"reward: expected finite numbers, got {float(at_ends[part][bad[0, 0]])} at "
+                    f"segment {int(bad[0, 0])} of {row.name}; the reward model's weights or that "
+                    "row are at fault"
                 )
-            positions = segment_positions(ends[one], mask[one]).cpu().numpy()
-            tokens = ends[k][mask[k]].nonzero().squeeze(1).cpu().numpy()
-            found.append((index, Scored(tokens, at_ends.numpy(), positions)))
+            tokens, of_segments = at[part] - first[k], at_ends[part].numpy()
+            found.append((number, Scored(tokens, of_segments, positions[part])))
     return [scored for _, scored in sorted(gather_object(found), key=lambda item: item[0])]
 
 
-def _entropy(rows: Sequence[Response], mask: Tensor) -> Tensor | None:
-    if rows[0].entropy is None:
-        return None
-    entropy = torch.zeros(mask.shape, device=mask.device)
-    entropy[mask] = torch.from_numpy(np.concatenate([row.entropy for row in rows])).to(mask.device)
-    return entropy
+def _examples(responses: Sequence[Response]) -> tuple[list[Example], list[list[int]]]:
+    """Responses that follow each other and have one prompt as one example; their numbers."""
+    examples: list[Example] = []
+    numbers: list[list[int]] = []
+    for number, response in enumerate(responses):
+        if examples and len(numbers[-1]) < 2 and _same(examples[-1].prompt, response.prompt_ids):
+            examples[-1] = Example(response.prompt_ids, [*examples[-1].responses, response.ids])
+            numbers[-1].append(number)
+        else:
+            examples.append(Example(response.prompt_ids, [response.ids]))
+            numbers.append([number])
+    return examples, numbers
+
+
+def _same(a: Ids, b: Ids) -> bool:
+    return len(a) == len(b) and np.array_equal(a, b)
 
 
 @dataclass
@@ -327,8 +349,8 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     rows = _read(split, data.dataset_name, tokenizer, tokenization(config))
     if model.granularity == "segment":
         name = entropy_model_name(model, config)
-        _add_entropies(rows.responses, name, tokenizer, config.batch_size)
-    scored = score_responses(model, rows.responses, config.batch_size)
+        add_entropies(rows.responses, name, tokenizer, config)
+    scored = score_responses(model, rows.responses, config)
 
     normalizer = model.normalizer
     reduction = trained_with(config.reward_model)["score_reduction"]
@@ -395,23 +417,23 @@ def run(data: DataConfig, config: ScoreConfig) -> dict[str, Any]:
     return result
 
 
-def _add_entropies(responses: list[Response], name: str, tokenizer: Any, batch_size: int) -> None:
-    """Fills ``entropy`` of every response; the processes share the work."""
-    state = processes()
+def add_entropies(
+    responses: list[Response], name: str, tokenizer: Any, options: PackingConfig | None = None
+) -> None:
+    """Fills ``entropy`` of every response, by the LM ``name``; the processes share the work."""
     model = load_entropy_model(name)
     check_vocabulary(model.config, tokenizer)
-    order = sorted(range(len(responses)), key=lambda i: -len(responses[i].ids))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches = batches[state.process_index :: state.num_processes]
-    found: list[tuple[int, np.ndarray]] = []
-    for batch in tqdm(batches, desc="entropies", disable=not state.is_main_process):
-        rows = [responses[i] for i in batch]
-        computed = entropies(
-            model, [r.prompt_ids for r in rows], [r.ids for r in rows], [r.name for r in rows]
-        )
-        found += zip(batch, computed, strict=True)
-    for index, entropy in gather_object(found):
-        responses[index].entropy = entropy
+    examples, numbers = _examples(responses)
+    computed = entropies(
+        model,
+        Sizes.of(examples),
+        examples.__getitem__,
+        lambda index, place: responses[numbers[index][place]].name,
+        options,
+    )
+    found = [(numbers[index][place], entropy) for index, place, entropy in computed]
+    for number, entropy in gather_object(found):
+        responses[number].entropy = entropy
 
 
 def _pair_accuracy(scores: np.ndarray, lengths: np.ndarray) -> dict[str, float]:

@@ -12,11 +12,13 @@ import torch
 
 from segkernels import segment_ends, segment_offsets
 
-from .configs import THRESHOLD, DataConfig, ModelConfig, PairConfig, Range, flag
+from .configs import THRESHOLD, DataConfig, ModelConfig, PairConfig, flag
+from .data.batch import SIDES
 from .data.load import load_split
 from .data.tokenize import tokenize_pairs
-from .entropy_cache import SIDES, EntropyCache, build_entropy_cache
+from .entropy_cache import EntropyCache, build_entropy_cache
 from .models.loading import load_tokenizer
+from .models.packing import PackingConfig
 from .runtime.distributed import say
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SegmentConfig(PairConfig):
+class SegmentConfig(PackingConfig, PairConfig):
     """Arguments of ``segrlhf segment``."""
 
     thresholds: list[float] = flag(
@@ -32,7 +34,6 @@ class SegmentConfig(PairConfig):
         "Entropy thresholds to compare, in nats.",
         limits=THRESHOLD,
     )
-    entropy_batch_size: int = flag(16, "Responses in one forward.", limits=Range(min=1))
     entropy_cache_dir: str | None = flag(
         None,
         "Where entropies are kept; default ~/.cache/segrlhf/entropy.",
@@ -114,7 +115,7 @@ def run(model: ModelConfig, data: DataConfig, config: SegmentConfig) -> dict[str
             tokenizer,
             pairs,
             cache_dir=config.entropy_cache_dir,
-            batch_size=config.entropy_batch_size,
+            options=config,
             revision=model.model_revision,
             trust_remote_code=model.trust_remote_code,
         )

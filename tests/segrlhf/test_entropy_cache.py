@@ -1,6 +1,7 @@
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +11,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from segrlhf import entropy_cache
-from segrlhf.entropy_cache import SIDES, EntropyCache, Pairs, cache_directory
+from segrlhf.data.batch import SIDES
+from segrlhf.entropy_cache import EntropyCache, Pairs, cache_directory, pair_sizes
 from segrlhf.errors import DiskFullError, NonFiniteError, UserError
+from segrlhf.models.packing import PackingConfig
 from segrlhf.runtime import files
 
 
@@ -23,7 +26,7 @@ def forbid(monkeypatch):
 
 
 def test_entropies_are_those_of_each_response_alone(build_cache, pairs, tiny_lm):
-    cache = build_cache(batch_size=5)
+    cache = build_cache(options=PackingConfig(max_tokens_per_batch=150))
     assert len(cache) == len(pairs)
     for i in (0, 7, len(pairs) - 1):
         for side, entropy in zip(SIDES, cache[i], strict=True):
@@ -46,28 +49,33 @@ def test_reading_a_finished_cache_needs_no_model(build_cache, monkeypatch):
 
 
 def test_a_build_that_was_cut_off_resumes_where_it_was(build_cache, monkeypatch, pairs):
-    real, seen = entropy_cache.entropies, []
+    """And ends with the numbers of one that was not, to the bit."""
+    options, real, read = PackingConfig(max_tokens_per_batch=150), entropy_cache.entropies, []
 
-    def three_batches(model, prompts, responses, names):
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        seen.append(names)
-        return real(model, prompts, responses, names)
+    def cut_off(*arguments):
+        for number, found in enumerate(real(*arguments)):
+            if number == 11:
+                raise KeyboardInterrupt
+            read.append(found[:2])
+            yield found
 
-    monkeypatch.setattr(entropy_cache, "entropies", three_batches)
+    def rest(*arguments):
+        for found in real(*arguments):
+            read.append(found[:2])
+            yield found
+
+    monkeypatch.setattr(entropy_cache, "entropies", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        build_cache(batch_size=4)
-    done = {name for names in seen for name in names}
-
-    def rest(model, prompts, responses, names):
-        assert not done & set(names)
-        done.update(names)
-        return real(model, prompts, responses, names)
-
+        build_cache(options=options)
     monkeypatch.setattr(entropy_cache, "entropies", rest)
-    cache = build_cache(batch_size=4)
-    assert cache.check(entropy_cache._lengths(pairs)) == []
-    assert len(done) == 2 * len(pairs)
+    cache = build_cache(options=options)
+    assert cache.check(pair_sizes(pairs).responses.reshape(-1)) == []
+    assert set(read) == {(pair, side) for pair in range(len(pairs)) for side in range(2)}
+    assert len(read) < 2 * len(pairs) + 11  # what was cut off is read again, no more
+    numbers = cache.stream(0, 2 * len(pairs))[0].numpy().copy()
+    shutil.rmtree(cache.directory)
+    again = build_cache(options=options)
+    np.testing.assert_array_equal(again.stream(0, 2 * len(pairs))[0], numbers)
 
 
 def test_a_response_that_was_half_written_is_computed_again(build_cache, pairs):
@@ -80,7 +88,7 @@ def test_a_response_that_was_half_written_is_computed_again(build_cache, pairs):
     numbers = np.load(cache.directory / "entropy.npy")
     numbers[cache._offsets[5] :][:2] = 7.0
     np.save(cache.directory / "entropy.npy", numbers)
-    assert EntropyCache(cache.directory).check(entropy_cache._lengths(pairs)) == [5]
+    assert EntropyCache(cache.directory).check(pair_sizes(pairs).responses.reshape(-1)) == [5]
     again = build_cache()
     assert again.directory == cache.directory
     np.testing.assert_allclose(again.response(5), expected, atol=1e-6)

@@ -20,7 +20,7 @@ from waits import Waits
 
 from segkernels import segment_bradley_terry
 from segrlhf import cli
-from segrlhf.data.batch import PairCollator
+from segrlhf.data.batch import pad_responses
 from segrlhf.data.tokenize import tokenize_pairs
 from segrlhf.entropy_cache import Pairs
 from segrlhf.errors import NonFiniteError, UserError
@@ -211,17 +211,20 @@ def test_loss_and_metrics_are_those_of_the_batch(make_trainer, pairs, tokenizer)
         center_rewards_coefficient=0.01,
         score_reduction="sum",
     )
-    batch = PairCollator(tokenizer.pad_token_id)(rows)
+    sides = [(row, side) for side in ("chosen", "rejected") for row in rows]
+    ids, attention, mask = pad_responses(
+        [row["prompt_ids"] for row, _ in sides], [row[f"{side}_ids"] for row, side in sides]
+    )
     with torch.no_grad():
-        rewards = trainer.model(batch["input_ids"], batch["attention_mask"])
-    mask = batch["action_mask"]
-    ends = trainer.model.segment_ends(None, mask, batch["terminated"])
+        rewards = trainer.model(ids, attention)
+    terminated = torch.tensor([row[f"{side}_terminated"] for row, side in sides])
+    ends = trainer.model.segment_ends(None, mask, terminated)
     expected = segment_bradley_terry(
         rewards,
         ends,
         mask,
         reduction="sum",
-        margin=batch["margin"],
+        margin=torch.tensor([row["margin"] for row in rows]),
         label_smoothing=0.1,
         center_coef=0.01,
     )
@@ -247,6 +250,26 @@ def test_gradient_accumulation_weighs_pairs_equally(train, tmp_path, pairs_file,
     assert_close_runs(whole, parts, tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_tokens_per_batch": 96}, {"packing": "varlen", "max_tokens_per_batch": 150},
+     {"packing": "none"}, {"max_tokens_per_batch": 64, "activation_checkpointing": "true"}],
+    ids=str,
+)  # fmt: skip
+def test_how_pairs_are_read_changes_no_number(train, tmp_path, changes):
+    """But for rounding: micro-batches of any size, padded or not."""
+    common = {"optim": "sgd", "eval_size": 0.2, "eval_strategy": "epoch"}
+    whole, parts = train("whole", **common), train("parts", **common, **changes)
+    assert_close_runs(whole, parts, tmp_path / "whole", tmp_path / "parts")
+    for name in ("eval_loss", "eval_accuracy", "eval_segments/per_response"):
+        assert parts["metrics"][name] == pytest.approx(whole["metrics"][name], rel=1e-4)
+
+
+def test_a_budget_below_the_longest_pair(train, tmp_path):
+    with pytest.raises(UserError, match=r"max_tokens_per_batch: expected at least \d+, .* got 30"):
+        train(max_tokens_per_batch=30)
+
+
 def test_one_pair_is_enough(train, tmp_path, pairs_file, write_jsonl):
     one = write_jsonl(tmp_path / "one.jsonl", read_jsonl(pairs_file)[:1])
     result = train(dataset_name=one, num_train_epochs=1)
@@ -258,10 +281,10 @@ def test_evaluation_is_exact_and_stands_beside_longer_wins(make_trainer, pairs, 
     rows = pairs.select(range(7))
     trainer = make_trainer(eval_rows=rows)
     found = trainer.evaluate()
-    batch = trainer.data_collator([Pairs(rows)[i] for i in range(7)])
+    [part] = trainer._read(trainer.model, [Pairs(rows)[i] for i in range(7)])
     with torch.no_grad():
-        result, ends, mask = trainer._forward(trainer.model, batch)
-    lengths = mask.sum(1).view(2, -1)
+        result, ends = trainer._forward(trainer.model, part.batch)
+    lengths = part.batch.batch.cu_seqlens.diff().view(2, -1)
     longer = (lengths[0] > lengths[1]).float() + 0.5 * (lengths[0] == lengths[1])
     assert found["eval_loss"] == pytest.approx(float(result.loss), rel=1e-5)
     assert found["eval_accuracy"] == pytest.approx(float(result.accuracy))
@@ -584,7 +607,10 @@ def test_the_last_checkpoint_is_finite_and_goes_on(make_trainer, tmp_path):
 
 
 def test_micro_batches_do_not_wait_for_the_device(make_trainer):
-    trainer = make_trainer(gradient_accumulation_steps=3, save_strategy="no")
+    trainer = make_trainer(
+        gradient_accumulation_steps=3, save_strategy="no", max_tokens_per_batch=80
+    )
+    trainer.reader(trainer.model)  # once at the start, the packing is tried
     waits = {"training_step": [], "check_step": []}
 
     def count(name, method):

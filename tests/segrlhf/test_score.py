@@ -56,7 +56,7 @@ def test_pairs_are_scored_segment_by_segment(
 ):
     normalizer = LocationNormalizer(0.1, 0.5, 0.0, 2.0)
     rm = make_rm(normalizer=normalizer)
-    result, lines = score(rm, pairs_file, batch_size=5)
+    result, lines = score(rm, pairs_file, max_tokens_per_batch=200)
     assert len(lines) == 2 * len(pair_rows)
     assert [line["label"] for line in lines[:4]] == ["chosen", "rejected"] * 2
     assert [line["id"] for line in lines[:4]] == [0, 0, 1, 1]

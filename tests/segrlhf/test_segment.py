@@ -7,7 +7,7 @@ import torch
 from segkernels import segment_ends
 from segrlhf import segment
 from segrlhf.configs import DataConfig, ModelConfig
-from segrlhf.entropy_cache import SIDES
+from segrlhf.data.batch import SIDES
 from segrlhf.errors import UserError
 from segrlhf.segment import SegmentConfig, cut
 

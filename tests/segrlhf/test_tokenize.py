@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from segrlhf.configs import DataConfig
-from segrlhf.data.batch import PairCollator
+from segrlhf.data.batch import make_batch, make_pair_batch, pair_example
 from segrlhf.data.load import load_rows, load_split
 from segrlhf.data.render import Renderer, split_pair
 from segrlhf.data.tokenize import longest_pair, tokenize_pairs, tokenize_prompts, tokenizer_key
@@ -180,8 +180,9 @@ def test_margin(tokenizer):
     rows = pairs_of({**row, "margin": 2}, {**row, "margin": None})
     pairs, _ = tokenize_pairs(rows, tokenizer, **LIMITS)
     assert pairs["margin"][:] == [2.0, 0.0]
-    batch = PairCollator(PAD)([pairs[0], pairs[1]])
-    assert torch.equal(batch["margin"], torch.tensor([2.0, 0.0]))
+    both = [{**pairs[i], "row": i} for i in range(2)]
+    batch = make_pair_batch(both, make_batch([pair_example(row) for row in both]))
+    assert torch.equal(batch.margin, torch.tensor([2.0, 0.0]))
     for bad in (float("nan"), "wide"):
         with pytest.raises(UserError, match=r"margin: expected a finite number, got .* in row 0"):
             tokenize_pairs(pairs_of({**row, "margin": bad}), tokenizer, **LIMITS)
@@ -340,8 +341,8 @@ def test_real_pairs(real_data, tokenizer):
     assert report.n_rows == len(held)
     assert report.n_kept == len(pairs) > 20
     assert report.prompt_too_long > 0
-    batch = PairCollator(PAD)(list(pairs.select(range(8))))
-    assert batch["action_mask"].any(-1).all()
+    batch = make_batch([pair_example(row) for row in pairs.select(range(8))])
+    assert (batch.cu_seqlens.diff() > 0).all()
 
 
 def test_the_longest_pair(pairs):

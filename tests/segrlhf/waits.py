@@ -8,14 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segrlhf import presets
+from segrlhf.data import batch
 
 
 class Waits(TorchDispatchMode):
     """Counts the calls of segrlhf's own lines that would make the host wait for a GPU."""
 
     HOME = str(Path(presets.__file__).parent)
-    # The last makes a tensor of a number, which would have to be copied to the device.
+    # The last makes a tensor of numbers, which would have to be copied to the device.
     WAITS = ("nonzero", "masked_select", "_local_scalar_dense", "equal", "lift_fresh")
+    # Its tensors are made on the host, and their copies queued.
+    ON_THE_HOST = str(Path(batch.__file__))
 
     def __init__(self):
         super().__init__()
@@ -25,13 +28,20 @@ class Waits(TorchDispatchMode):
         name = function.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
-        if (name in self.WAITS or by_mask) and self._ours():
-            self.count += 1
+        if name in self.WAITS or by_mask:
+            file = self._file()
+            ours = file.startswith(self.HOME)
+            self.count += ours and not (name == "lift_fresh" and file == self.ON_THE_HOST)
+            import traceback
+
+            traceback.print_stack(limit=14)
+            print(name)
         return function(*args, **(kwargs or {}))
 
-    def _ours(self):
-        """Whether the innermost line outside torch is one of segrlhf's."""
+    @staticmethod
+    def _file():
+        """Where the innermost line outside torch stands."""
         frame = inspect.currentframe().f_back.f_back
         while f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
             frame = frame.f_back
-        return frame.f_code.co_filename.startswith(self.HOME)
+        return frame.f_code.co_filename

@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 import segkernels
 from segkernels.layout import each, values_may_be_checked
 
+from ..data.batch import Batch, Packing
+from .packing import model_inputs
+
 if TYPE_CHECKING:
     from segkernels.ppo_loss import Aggregation
 
@@ -77,6 +80,33 @@ def token_stats_at(
         logprobs, entropy = each(_first_is_zero, *stats(temperature))
         at[temperature] = logprobs, entropy
     return at
+
+
+def response_entropy(model: nn.Module, batch: Batch, packing: Packing) -> Tensor:
+    """Entropy of the distribution that each response token of a packed batch is drawn from.
+
+    fp32 ``[N]``, in nats, in the order of ``batch.tokens``; the model, its head or logits and
+    autocast as in ``token_stats``.
+    """
+    states, head = _before_responses(model, batch, packing)
+    if head is None:
+        return segkernels.entropy_from_logits(states)
+    return segkernels.linear_logprobs_and_entropy(states, head.weight, bias=head.bias)[1]
+
+
+def response_states(model: nn.Module, batch: Batch, packing: Packing) -> Tensor:
+    """What entropies are computed from, by which packings are compared: hidden states or logits
+    before each response token, ``[N, ...]``."""
+    return _before_responses(model, batch, packing)[0]
+
+
+def _before_responses(
+    model: nn.Module, batch: Batch, packing: Packing
+) -> tuple[Tensor, _Head | None]:
+    if values_may_be_checked(batch.before) and bool((batch.before < 0).any()):
+        raise ValueError("prompt: expected at least one token in front of a response, got none")
+    states, head = _states(model, model_inputs(model, batch, packing))
+    return states.flatten(0, 1).index_select(0, batch.before), head
 
 
 def policy_loss(
@@ -147,12 +177,20 @@ def _before_tokens(
                 f"{int(alone[0, 1])} of row {int(alone[0, 0])}; put a prompt or a BOS token in "
                 "front"
             )
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    states, head = _states(model, inputs)
+    return states[:, :-1], head
+
+
+def _states(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, _Head | None]:
+    """(Hidden states ``[B, T, D]``, the head that reads them), or (logits ``[B, T, V]``, None)."""
     causal = _unwrapped(model)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if (position_ids := positions(causal, attention_mask)) is not None:
-        inputs["position_ids"] = position_ids
+    inputs = {**inputs, "use_cache": False}
+    if "position_ids" not in inputs:
+        position_ids = positions(causal, inputs["attention_mask"])
+        inputs |= {} if position_ids is None else {"position_ids": position_ids}
     if not _is_plain(model, causal):
-        return model(**inputs).logits[:, :-1], None
+        return model(**inputs).logits, None
     with _last_hidden(causal) as hidden:
         model(**inputs, logits_to_keep=1)
     head = causal.get_output_embeddings()
@@ -160,7 +198,7 @@ def _before_tokens(
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
-    return hidden[0][:, :-1].to(dtype), _Head(head.weight.to(dtype), bias)
+    return hidden[0].to(dtype), _Head(head.weight.to(dtype), bias)
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:

@@ -20,9 +20,11 @@ from transformers.utils import cached_file
 import segkernels
 from segkernels import ScalarNormalizer, normalizer_from_dict
 
+from ..data.batch import Batch, Packing
 from ..errors import UserError, reading
 from .lm_head import positions
 from .loading import AGAIN, check_vocabulary, load_config, load_whole, weight_files
+from .packing import model_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -233,17 +235,24 @@ class SegmentRewardModel(PreTrainedModel):
         self._keep(normalizer=None if value is None else value.to_dict())
 
     def segment_ends(
-        self, entropy: Tensor | None, mask: Tensor, terminated: Tensor | None = None
+        self,
+        entropy: Tensor | None,
+        mask: Tensor,
+        terminated: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Ends of the segments whose rewards this model gives, bool ``[B, T]``.
+        """Ends of the segments whose rewards this model gives, bool ``[B, T]``; ``[N]`` of a flat
+        stream of responses with ``cu_seqlens`` int32 ``[B + 1]``.
 
-        ``entropy`` ``[B, T]`` (nats, of the distribution which produced each token) is read for
-        segments only. ``mask`` bool ``[B, T]`` marks the response. The last token of a row is EOS
+        ``entropy`` (nats, of the distribution which produced each token) is read for segments only.
+        ``mask`` bool marks the response. The last token of a row is EOS
         and lies in no segment where ``terminated`` (bool ``[B]``, None: everywhere) says so; a
         bandit's one segment ends there in any case. Raises UserError for an unknown granularity or
         threshold, and for segments without ``entropy``.
         """
-        ends = functools.partial(segkernels.segment_ends, mask=mask, entropy_of="current")
+        ends = functools.partial(
+            segkernels.segment_ends, mask=mask, cu_seqlens=cu_seqlens, entropy_of="current"
+        )
         nowhere = torch.zeros(mask.shape, device=mask.device)
         if self.granularity == "bandit":
             return ends(nowhere, threshold=math.inf, exclude_last=False)
@@ -289,6 +298,14 @@ class SegmentRewardModel(PreTrainedModel):
         fresh = "normalizer" not in (getattr(config, "segment_reward", None) or {})
         if fresh and applies and (mean, std) != (0.0, 1.0):
             self.normalizer = ScalarNormalizer(mean, std)
+
+
+def response_rewards(model: nn.Module, batch: Batch, packing: Packing) -> Tensor:
+    """Rewards after each response token of a packed batch, fp32 ``[N]`` in the order of
+    ``batch.tokens``; ``model``, a ``SegmentRewardModel``, may be wrapped by peft or for distributed
+    training."""
+    rewards = model(**model_inputs(model, batch, packing))
+    return rewards.flatten().index_select(0, batch.tokens)
 
 
 def _n_labels(name_or_path: str | Path, where: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configs import SEED, THRESHOLD, PairConfig, Range, check_flags, flag
 from ..errors import UserError, first_line
+from ..models.packing import PackingConfig
 from ..models.reward_model import check_threshold
 
 _COUNT, _SHARE, _NOT_NEGATIVE = Range(min=1), Range(min=0, below=1), Range(min=0)
@@ -47,7 +48,7 @@ TRAINING_LIMITS = {
 
 
 @dataclass
-class RewardConfig(PairConfig, TrainingArguments):
+class RewardConfig(PackingConfig, PairConfig, TrainingArguments):
     """Arguments of ``segrlhf reward``: transformers' TrainingArguments and these.
 
     ``label_smoothing_factor`` is the label smoothing of the Bradley-Terry loss.
@@ -74,9 +75,6 @@ class RewardConfig(PairConfig, TrainingArguments):
         None,
         "Where entropies are kept; default ~/.cache/segrlhf/entropy.",
         writes="directory",
-    )
-    entropy_batch_size: int = flag(
-        16, "Responses in one forward of the entropy model.", limits=Range(min=1)
     )
     num_train_epochs: float = flag(
         1.0, "Passes over the pairs.", limits=Range(above=0, max=1_000_000)

@@ -62,7 +62,7 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
                 tokenizer,
                 rows,
                 cache_dir=config.entropy_cache_dir,
-                batch_size=config.entropy_batch_size,
+                options=config,
                 revision=model.model_revision if same else "main",
                 trust_remote_code=model.trust_remote_code,
             )

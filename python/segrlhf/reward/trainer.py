@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 
 from segkernels import segment_bradley_terry
 
-from ..data.batch import PairCollator, first_pairs
+from ..data.batch import PairBatch, Sizes, make_pair_batch, pair_example
 from ..data.render import pad_token_id
 from ..errors import NonFiniteError, UserError
 from ..models.loading import is_peft
+from ..models.packing import Reader, make_reader
+from ..models.reward_model import response_rewards
 from ..runtime import files
 from ..runtime.checkpoints import COMPLETE, check_room, mark_complete, saving
 from ..runtime.distributed import any_rank
@@ -36,11 +39,10 @@ from .config import RewardConfig
 RUN_FILE = "reward_run.json"  # beside the final model: how its data was tokenized and scored
 
 
-class _Collator(PairCollator):
-    """Adds ``rows`` int64 [B], the numbers of the pairs in their dataset."""
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {**super().__call__(rows), "rows": torch.tensor([row["row"] for row in rows])}
+def _rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the dataloader gives: the rows as they are, and ``numbers`` int64 [B], those in their
+    dataset. Which of them are read together is decided where the model is known."""
+    return {"numbers": torch.tensor([row["row"] for row in rows]), "rows": list(rows)}
 
 
 class _Shuffle(torch.utils.data.Sampler[int]):
@@ -68,6 +70,16 @@ class _MicroBatch:
     rows: Tensor  # int64 [B]: their numbers in the dataset
     finite: Tensor  # bool [B]: both scores, and the margin
     loss_finite: Tensor  # bool, 0-d
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch."""
+
+    batch: PairBatch
+    numbers: np.ndarray  # of its pairs among the rows of the batch
+    counts: bool  # False: a filler
+    last: bool
 
 
 class _Guard(TrainerCallback):
@@ -100,10 +112,11 @@ class SegmentRewardTrainer(Trainer):
     """transformers.Trainer for a ``SegmentRewardModel`` on tokenized pairs.
 
     ``train_dataset`` and ``eval_dataset`` are ``entropy_cache.Pairs``: what
-    ``tokenize_pairs`` gives, with an entropy cache where the granularity is "segment". One forward
-    takes chosen and rejected rows together; the loss is ``segkernels.segment_bradley_terry``. A
-    batch counts pairs. Losses and metrics are means over pairs, exact across micro-batches,
-    processes and a last partial batch.
+    ``tokenize_pairs`` gives, with an entropy cache where the granularity is "segment". A batch
+    counts pairs; it is read in micro-batches of at most ``max_tokens_per_batch`` tokens, pairs of
+    like length together, in the packing of ``models.packing`` that suits the model. The loss is
+    ``segkernels.segment_bradley_terry``. Losses and metrics are means over pairs, exact across
+    micro-batches, processes and a last partial batch.
 
     Logged beside Trainer's own: accuracy, margin, mean_reward, min_reward, max_reward (of response
     scores), segments/per_response, segments/tokens_per_segment; ``eval_`` versions of all of them
@@ -129,7 +142,7 @@ class SegmentRewardTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=_Collator(pad_token_id(processing_class)),
+            data_collator=_rows,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -143,6 +156,7 @@ class SegmentRewardTrainer(Trainer):
         # Under peft and every wrapper, for what its config says.
         self.reward_model = model.get_base_model() if is_peft(model) else model
         self._micro_batches: list[_MicroBatch] = []  # of the current step on this process
+        self._reader: Reader | None = None
         self._metrics = Metrics()  # since the last log
         self.add_callback(_Guard(self))
 
@@ -159,7 +173,7 @@ class SegmentRewardTrainer(Trainer):
         """The micro-batches of a step and the number of pairs in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
-            batch["pairs"] = len(batch["input_ids"]) // 2
+            batch["pairs"] = len(batch["rows"])
         world = self.args.world_size
         if batches and world > 1 and self.accelerator.gradient_state.end_of_dataloader:
             # accelerate completes the last batch with rows of the first; they must not count twice.
@@ -167,46 +181,109 @@ class SegmentRewardTrainer(Trainer):
             left = len(self.train_dataset) % (size * world)
             if left:
                 mine = min(max(left - self.args.process_index * size, 0), size)
-                batches[-1] = first_pairs(batches[-1], max(mine, 1))
-                batches[-1]["pairs"] = mine
+                rows = batches[-1]["rows"][: max(mine, 1)]
+                batches[-1] = {**_rows(rows), "pairs": mine}
         self._micro_batches = []
         counted = torch.tensor(sum(b["pairs"] for b in batches), dtype=torch.float32, device=device)
         return batches, self.accelerator.reduce(counted, "sum")
 
+    def reader(self, model: Any) -> Reader:
+        """How pairs become micro-batches; found on the largest pair at the first call."""
+        if self._reader is None:
+            splits = [each for each in (self.train_dataset, self.eval_dataset) if each is not None]
+            everything: Any = torch.utils.data.ConcatDataset(splits)
+            sizes = Sizes(
+                np.concatenate([each.sizes.prompts for each in splits]),
+                np.concatenate([each.sizes.responses for each in splits]),
+            )
+            self._reader = make_reader(
+                model,
+                self.args,
+                response_rewards,
+                sizes,
+                lambda pair: pair_example(everything[pair]),
+                pad_token_id=pad_token_id(self.processing_class),
+                mixed_precision=self.accelerator.mixed_precision != "no",
+            )
+        return self._reader
+
+    def _read(self, model: Any, rows: Sequence[dict[str, Any]]) -> Iterator[_Part]:
+        """The micro-batches of these rows. Where parameters are gathered in every pass, all
+        processes get the same number of them, some as fillers that do not count."""
+        reader, device = self.reader(model), self.args.device
+        examples = [pair_example(row) for row in rows]
+        plan = reader.plan(Sizes.of(examples))
+        count = len(plan)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            count = max(gather_object([count]))
+        for k in range(count):
+            numbers = plan[k] if k < len(plan) else plan[-1][-1:]
+            batch = reader.batch([examples[i] for i in numbers], device)
+            pairs = make_pair_batch([rows[i] for i in numbers], batch).to(device)
+            yield _Part(pairs, numbers, counts=k < len(plan), last=k == count - 1)
+
     # Loss
 
-    def _forward(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
-        rewards = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        mask = inputs["action_mask"]
-        ends = self.reward_model.segment_ends(inputs.get("entropy"), mask, inputs["terminated"])
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Gradients of all pairs of a batch, micro-batch by micro-batch; their loss."""
+        losses = []
+        for part in self._read(model, inputs["rows"]):
+            pairs = len(part.numbers) if part.counts and inputs["pairs"] else 0
+            with nullcontext() if part.last else self._gradients_stay(model):
+                micro = {"batch": part.batch, "pairs": pairs}
+                losses.append(super().training_step(model, micro, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    @contextmanager
+    def _gradients_stay(self, model: Any) -> Iterator[None]:
+        """Processes exchange gradients after the last micro-batch only; sharded ones after each,
+        since a process has no room for all of them."""
+        state = self.accelerator.gradient_state
+        exchanging = state.sync_gradients
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        state._set_sync_gradients(False)
+        try:
+            with nullcontext() if sharded else self.accelerator.no_sync(model=model):
+                yield
+        finally:
+            state._set_sync_gradients(exchanging)
+
+    def _forward(self, model: Any, pairs: PairBatch) -> tuple[Any, Tensor]:
+        """(Loss and scores, ends of segments [N])."""
+        rewards = response_rewards(model, pairs.batch, self.reader(model).packing)
+        mask, cu_seqlens = pairs.mask, pairs.batch.cu_seqlens
+        ends = self.reward_model.segment_ends(pairs.entropy, mask, pairs.terminated, cu_seqlens)
         result = segment_bradley_terry(
             rewards,
             ends,
             mask,
+            cu_seqlens=cu_seqlens,
             reduction=self.args.score_reduction,
-            margin=inputs.get("margin"),
+            margin=pairs.margin,
             label_smoothing=self.args.label_smoothing_factor,
             center_coef=self.args.center_rewards_coefficient or 0.0,
         )
-        return result, ends, mask
+        return result, ends
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        result, ends, mask = self._forward(model, inputs)
+        batch, pairs = inputs["batch"], inputs["pairs"]
+        result, ends = self._forward(model, batch)
         # An infinite chosen score has a finite loss, 0.
         finite = result.scores.detach().isfinite().view(2, -1).all(0)
-        if inputs.get("margin") is not None:
-            finite = finite & inputs["margin"].isfinite()
-        self._micro_batches.append(
-            _MicroBatch(inputs["rows"], finite, result.loss.detach().isfinite())
-        )
+        if batch.margin is not None:
+            finite = finite & batch.margin.isfinite()
+        self._micro_batches.append(_MicroBatch(batch.rows, finite, result.loss.detach().isfinite()))
         # DeepSpeed takes the optimizer step inside of the backward pass.
         if self.is_deepspeed_enabled and any_rank(self.accelerator, ~self._losses_finite()):
             self._stop_non_finite("loss", self._non_finite_rows())
-        pairs = inputs["pairs"]
-        self._record(result, ends, mask, pairs)
+        self._record(result, ends, batch.batch.cu_seqlens, pairs)
         # Gradients are averaged over processes, so this factor makes a mean over all their pairs.
         loss = result.loss * (pairs * self.args.world_size / num_items_in_batch)
         return (loss, result) if return_outputs else loss
+
+    def floating_point_ops(self, inputs):
+        tokens = sum(len(ids) for row in inputs["rows"] for ids in _ids(row))
+        return 6 * tokens * self.reward_model.num_parameters(exclude_embeddings=True)
 
     def check_step(self) -> None:
         """Raises NonFiniteError for a NaN or infinite loss, score or gradient, before the optimizer
@@ -242,7 +319,8 @@ class SegmentRewardTrainer(Trainer):
 
     def _stop_non_finite(self, what: str, rows: list[int]) -> None:
         rows = sorted(set(gather_object(rows)))
-        prompt = self.processing_class.decode(self.train_dataset[rows[0]]["prompt_ids"])[-60:]
+        ids = self.train_dataset[rows[0]]["prompt_ids"].tolist()
+        prompt = self.processing_class.decode(ids)[-60:]
         step = self.state.global_step
         if step == 0:
             saved = "no step was taken, so there is nothing to save"
@@ -259,21 +337,21 @@ class SegmentRewardTrainer(Trainer):
 
     # Metrics
 
-    def _record(self, result: Any, ends: Tensor, mask: Tensor, pairs: int) -> None:
-        metrics, accuracy = self._metrics, result.accuracy.detach() * pairs
-        # A process that only fills up the last batch has a pair here that does not count.
-        scores = result.scores.detach().double()[: 2 * pairs]
-        ends, mask = ends[: 2 * pairs], mask[: 2 * pairs]
+    def _record(self, result: Any, ends: Tensor, cu_seqlens: Tensor, pairs: int) -> None:
+        metrics = self._metrics
+        scores = result.scores.detach().double()
+        segments, tokens = _segments(ends, cu_seqlens)
+        if not pairs:  # pairs that only fill up a batch do not count
+            scores, segments, tokens = scores[:0], segments[:0], tokens[:0]
         chosen, rejected = scores.view(2, -1)
-        metrics.mean("accuracy", accuracy, pairs)
+        metrics.mean("accuracy", result.accuracy.detach() * pairs, pairs)
         metrics.mean("margin", (chosen - rejected).sum(), pairs)
         metrics.mean("mean_reward", scores.sum(), 2 * pairs)
         metrics.minimum("min_reward", scores.min() if pairs else scores.new_full((), torch.inf))
         metrics.maximum("max_reward", scores.max() if pairs else scores.new_full((), -torch.inf))
-        n_segments = ends.sum()
+        n_segments = segments.sum()
         metrics.mean("segments/per_response", n_segments, 2 * pairs)
-        tokens = _tokens_in_segments(ends, mask).sum()
-        metrics.mean("segments/tokens_per_segment", tokens, n_segments)
+        metrics.mean("segments/tokens_per_segment", tokens.sum(), n_segments)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -281,26 +359,26 @@ class SegmentRewardTrainer(Trainer):
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            result, ends, mask = self._forward(model, inputs)
-        self._check_scores(result.scores, inputs["rows"])
-        chosen, rejected = result.scores.view(2, -1)
-        margin = inputs.get("margin")
-        lengths = mask.sum(1).view(2, -1)
-        longer = (lengths[0] > lengths[1]) + 0.5 * (lengths[0] == lengths[1])
-        table = torch.stack(
-            [
+        numbers = inputs["numbers"].to(self.args.device)
+        table = torch.zeros(len(numbers), 6, dtype=torch.float64, device=self.args.device)
+        for part in self._read(model, inputs["rows"]):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                result, ends = self._forward(model, part.batch)
+            self._check_scores(result.scores, part.batch.rows)
+            chosen, rejected = result.scores.double().view(2, -1)
+            margin, lengths = part.batch.margin, part.batch.batch.cu_seqlens.diff().view(2, -1)
+            longer = (lengths[0] > lengths[1]) + 0.5 * (lengths[0] == lengths[1])
+            segments, tokens = _segments(ends, part.batch.batch.cu_seqlens)
+            columns = (
                 chosen,
                 rejected,
                 torch.zeros_like(chosen) if margin is None else margin,
-                ends.sum(1).view(2, -1).sum(0),
-                _tokens_in_segments(ends, mask).view(2, -1).sum(0),
+                segments.view(2, -1).sum(0),
+                tokens.view(2, -1).sum(0),
                 longer,
-            ],
-            dim=1,
-        )
-        return None, table, inputs["rows"]
+            )
+            table[part.numbers] = torch.stack([column.double() for column in columns], dim=1)
+        return None, table, numbers
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
@@ -456,9 +534,21 @@ class SegmentRewardTrainer(Trainer):
             files.write_json(part / RUN_FILE, run)
 
 
-def _tokens_in_segments(ends: Tensor, mask: Tensor) -> Tensor:
-    """[rows] action tokens at or before the last end of a row."""
-    return (ends.flip(1).cumsum(1).flip(1).gt(0) & mask).sum(1)
+def _ids(row: dict[str, Any]) -> list[Any]:
+    prompt, responses = pair_example(row)
+    return [prompt, *responses]
+
+
+def _segments(ends: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [responses] each: segments, and the tokens that lie in one, of a flat stream; without
+    waiting for the device."""
+    rows = torch.arange(len(cu_seqlens) - 1, device=ends.device)
+    rows = rows.repeat_interleave(cu_seqlens.diff(), output_size=len(ends))
+    upto = ends.cumsum(0)
+    at_stop = upto.index_select(0, (cu_seqlens[1:].long() - 1).clamp(min=0))
+    inside = at_stop.index_select(0, rows) > upto - ends.long()  # an end is at it or follows
+    none = upto.new_zeros(len(cu_seqlens) - 1)
+    return none.index_add(0, rows, ends.long()), none.index_add(0, rows, inside.long())
 
 
 def _some(items: Sequence[int | str]) -> str:
