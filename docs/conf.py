@@ -28,7 +28,9 @@ python_maximum_signature_line_length = 88
 
 # A name that a page or docstring refers to must be on some page, unless it is another project's.
 nitpicky = True
-OTHERS = "torch numpy transformers datasets collections pathlib Tensor Dataset Path PreTrained\\w+"
+OTHERS = (
+    "torch numpy transformers datasets collections pathlib Tensor Dataset Path PreTrained\\w+ Ids"
+)
 nitpick_ignore_regex = [("py:class", rf"({OTHERS.replace(' ', '|')})\b.*")]
 
 

@@ -315,8 +315,9 @@ def test_two_processes_equal_one(flags, train, tmp_path, pairs_file, write_jsonl
         per_device_train_batch_size=2,
     )
     launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-         "-m", "segrlhf.cli", "reward", *words],
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+         str(Path(__file__).parents[2] / "configs" / "ddp.yaml"), "--num_processes", "2",
+         "--mixed_precision", "no", "-m", "segrlhf.cli", "reward", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 
 from segrlhf.configs import DataConfig
+from segrlhf.data import tokenize
 from segrlhf.data.batch import make_batch, make_pair_batch, pair_example
 from segrlhf.data.load import load_rows, load_split
 from segrlhf.data.render import Renderer, split_pair
@@ -343,6 +344,25 @@ def test_real_pairs(real_data, tokenizer):
     assert report.prompt_too_long > 0
     batch = make_batch([pair_example(row) for row in pairs.select(range(8))])
     assert (batch.cu_seqlens.diff() > 0).all()
+
+
+def test_rows_are_tokenized_in_pieces(tokenizer, pair_rows, pairs_file, monkeypatch, capfd):
+    """Which do not change what comes out, and are not made again."""
+    rows = load_split(DataConfig(str(pairs_file)), "train")
+    whole, report = tokenize_pairs(rows, tokenizer, **LIMITS)
+    monkeypatch.setattr(tokenize, "PIECE", 7)
+    capfd.readouterr()
+    pieces, same = tokenize_pairs(rows, tokenizer, **LIMITS)
+    assert capfd.readouterr().err.count("100%") >= 4
+    assert same == report
+    assert pieces.column_names == whole.column_names
+    assert pieces[:] == whole[:]
+    tokenize_pairs(rows, tokenizer, **LIMITS)
+    assert "tokenizing" not in capfd.readouterr().err
+    bad = [{**row, "margin": 1.0} for row in pair_rows]
+    bad[17]["margin"] = float("nan")
+    with pytest.raises(UserError, match=r"margin: expected a finite number, got nan in row 17"):
+        tokenize_pairs(pairs_of(*bad), tokenizer, **LIMITS)
 
 
 def test_the_longest_pair(pairs):

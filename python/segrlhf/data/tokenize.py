@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from ..runtime.distributed import processes
 from . import render
 from .render import Renderer, Text, checked_row, split_pair
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+PIECE = 20_000  # rows that are tokenized and kept at a time
 
 
 @dataclass
@@ -315,8 +319,13 @@ def _map(
     tokenizer: PreTrainedTokenizerBase,
     options: tuple[Any, ...],
 ) -> tuple[Dataset, Counter[str]]:
-    """(rows whose fate is "kept", without that column; how many met each fate)."""
-    from datasets import Features, Value
+    """(rows whose fate is "kept", without that column; how many met each fate).
+
+    Rows go through in pieces, which the processes of a launch divide among themselves and which
+    `datasets` keeps on disk: nobody waits for one process that does everything, and a run that was
+    cut off goes on with the next piece. Rows that are in memory alone are read by every process.
+    """
+    from datasets import Features, Value, concatenate_datasets
 
     def on_columns(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = [
@@ -330,16 +339,30 @@ def _map(
     # reads an older result.
     source = Path(render.__file__).read_bytes() + Path(__file__).read_bytes()
     key = f"{dataset._fingerprint} {tokenizer_key(tokenizer)} {options} {sorted(columns)}"
-    mapped = dataset.map(
-        on_columns,
-        with_indices=True,
-        batched=True,
-        batch_size=256,
-        remove_columns=dataset.column_names,
-        features=Features({"fate": Value("string"), **columns}),
-        new_fingerprint=hashlib.sha256(key.encode() + source).hexdigest()[:32],
-        desc="tokenizing",
-    )
+
+    def piece(start: int) -> Dataset:
+        def numbered(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            return on_columns(batch, [start + index for index in indices])
+
+        place = f" {start} {PIECE}" if len(dataset) > PIECE else ""
+        return dataset.select(range(start, min(start + PIECE, len(dataset)))).map(
+            numbered,
+            with_indices=True,
+            batched=True,
+            batch_size=256,
+            remove_columns=dataset.column_names,
+            features=Features({"fate": Value("string"), **columns}),
+            new_fingerprint=hashlib.sha256((key + place).encode() + source).hexdigest()[:32],
+            desc="tokenizing",
+        )
+
+    state = processes()
+    starts = range(0, len(dataset), PIECE)
+    if state.num_processes > 1 and dataset.cache_files:
+        for start in starts[state.process_index :: state.num_processes]:
+            piece(start)
+        state.wait_for_everyone()
+    mapped = concatenate_datasets([piece(start) for start in starts])
     fates = mapped["fate"][:]
     kept = [i for i, fate in enumerate(fates) if fate == "kept"]
     return mapped.select(kept).remove_columns("fate"), Counter(fates)

@@ -37,16 +37,15 @@ def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, An
     check_same_tokenizer(tokenizer, load_tokenizer(config.reward_model))
     prompts: dict[str, Any] = {"train": None, "eval": None}
     for split in ("train", "eval") if config.eval_steps else ("train",):
-        with state.main_process_first():
-            rows = load_split(data, split)
-            if rows is not None:
-                prompts[split], report = tokenize_prompts(
-                    rows,
-                    tokenizer,
-                    max_prompt_length=config.max_prompt_length,
-                    truncation_side=config.truncation_side,
-                )
-                say(f"{split} prompts: {report.summary()}")
+        rows = load_split(data, split)
+        if rows is not None:
+            prompts[split], report = tokenize_prompts(
+                rows,
+                tokenizer,
+                max_prompt_length=config.max_prompt_length,
+                truncation_side=config.truncation_side,
+            )
+            say(f"{split} prompts: {report.summary()}")
 
     reward_model = SegmentRewardModel.from_pretrained(
         config.reward_model,

@@ -19,7 +19,7 @@ from ..errors import UserError, reading
 from ..models.loading import apply_lora, check_positions, load_tokenizer
 from ..models.reward_model import SegmentRewardModel
 from ..runtime.checkpoints import check_output_dir, resolve_resume
-from ..runtime.distributed import say
+from ..runtime.distributed import processes, say
 from ..runtime.identity import Identity, digest
 from ..runtime.interrupt import Interrupt
 from .config import RewardConfig
@@ -32,18 +32,18 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
     Returns ``{"output_dir", "metrics", "history"}``: final train and eval metrics, and everything
     that was logged.
     """
-    with config.main_process_first(desc="reading the pairs"):
-        if config.process_index == 0:
-            check_output_dir(config.output_dir, config.resume_from_checkpoint)
-        checkpoint = resolve_resume(config.output_dir, config.resume_from_checkpoint)
-        tokenizer = load_tokenizer(model)
-        pairs = {}
-        for split in ("train", "eval"):
-            rows = load_split(data, split)
-            if rows is None:
-                continue
-            pairs[split], report = tokenize_pairs(rows, tokenizer, **config.tokenization)
-            say(f"{split}: {report.summary()}")
+    if config.process_index == 0:
+        check_output_dir(config.output_dir, config.resume_from_checkpoint)
+    processes().wait_for_everyone()
+    checkpoint = resolve_resume(config.output_dir, config.resume_from_checkpoint)
+    tokenizer = load_tokenizer(model)
+    pairs = {}
+    for split in ("train", "eval"):
+        rows = load_split(data, split)
+        if rows is None:
+            continue
+        pairs[split], report = tokenize_pairs(rows, tokenizer, **config.tokenization)
+        say(f"{split}: {report.summary()}")
     if config.eval_strategy != "no" and "eval" not in pairs:
         raise UserError(
             f"eval_strategy: expected rows to evaluate on, got none in {data.dataset_name}; pass "
