@@ -18,6 +18,7 @@ from segrlhf.runtime.checkpoints import (
     COMPLETE,
     check_output_dir,
     check_room,
+    drop_old_checkpoints,
     is_disk_full,
     last_checkpoint,
     mark_complete,
@@ -34,7 +35,22 @@ def test_last_checkpoint_passes_over_one_that_was_cut_off(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
     mark_complete(tmp_path / "checkpoint-10", 10)
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert json.loads((tmp_path / "checkpoint-10" / COMPLETE).read_text()) == {"step": 10}
+    assert json.loads((tmp_path / "checkpoint-10" / COMPLETE).read_text())["step"] == 10
+    for name in ("checkpoint-11-copy", "my-checkpoint-12", "checkpoint-²"):  # are somebody's own
+        (tmp_path / name).mkdir()
+        mark_complete(tmp_path / name, 12)
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_old_checkpoints_are_dropped_and_nothing_else(tmp_path):
+    for name in (*(f"checkpoint-{step}" for step in range(1, 5)), "checkpoint-1-copy", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-0").symlink_to("notes")
+    drop_old_checkpoints(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 7
+    drop_old_checkpoints(tmp_path, 2, keep=tmp_path / "checkpoint-2")
+    left = {item.name for item in tmp_path.iterdir()}
+    assert left == {"checkpoint-2", "checkpoint-4", "checkpoint-1-copy", "notes"}
 
 
 def test_output_dir_with_files_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from segkernels import segment_bradley_terry
 
@@ -25,7 +25,16 @@ from ..data.render import pad_token_id
 from ..errors import NonFiniteError, UserError
 from ..models.loading import is_peft
 from ..runtime import files
-from ..runtime.checkpoints import COMPLETE, check_room, mark_complete, saving
+from ..runtime.checkpoints import (
+    check_contents,
+    check_newest,
+    check_not_beyond,
+    check_room,
+    drop_old_checkpoints,
+    is_whole,
+    mark_complete,
+    saving,
+)
 from ..runtime.distributed import any_rank
 from ..runtime.finite import check_weights
 from ..runtime.identity import Identity, changes_told, require_files
@@ -79,6 +88,7 @@ class _Guard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # Else those of the checkpoint's state would win over those of this run.
         state.compute_steps(args, state.max_steps)
+        check_not_beyond(state.global_step, state.max_steps, "step")
         if args.should_save:
             self.trainer.check_room()
 
@@ -248,7 +258,7 @@ class SegmentRewardTrainer(Trainer):
             saved = "no step was taken, so there is nothing to save"
         else:
             folder = self._checkpoint_folder()
-            if not (folder / COMPLETE).is_file():
+            if any_rank(self.accelerator, self.args.should_save and not is_whole(folder)):
                 self._save_checkpoint(self.model_wrapped, None)
             saved = f"the last good weights are in {folder}"
         raise NonFiniteError(
@@ -366,10 +376,20 @@ class SegmentRewardTrainer(Trainer):
                 )
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer would add a step to a run that has done all of them amid an epoch.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _check_checkpoint(self, checkpoint: Path) -> None:
+        if self.args.should_save:
+            check_contents(checkpoint)
         if self.identity is not None:
             changed = self.identity.check(checkpoint)
             if changed and self.is_world_process_zero():
+                check_newest(self.args.output_dir, checkpoint)
                 tqdm.write(changes_told(changed))
         # Trainer goes on without them, as another run. Sharded ones have other files.
         require_files(checkpoint, ["trainer_state.json"])
@@ -426,9 +446,7 @@ class SegmentRewardTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
-            rotate_checkpoints(
-                str(folder.parent), limit, best_model_checkpoint=self.state.best_model_checkpoint
-            )
+            drop_old_checkpoints(folder.parent, limit, keep=self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         wrong = sorted((*load_result.missing_keys, *load_result.unexpected_keys))
