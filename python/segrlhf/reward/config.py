@@ -9,7 +9,16 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..configs import SEED, THRESHOLD, PairConfig, Range, check_flags, flag
+from ..configs import (
+    LEARNING_RATE,
+    SEED,
+    THRESHOLD,
+    WEIGHT_DECAY,
+    PairConfig,
+    Range,
+    check_flags,
+    flag,
+)
 from ..errors import UserError, first_line
 from ..models.reward_model import check_threshold
 
@@ -30,7 +39,7 @@ TRAINING_LIMITS = {
     "eval_steps": Range(above=0),
     "gradient_accumulation_steps": _COUNT,
     "label_smoothing_factor": Range(min=0, max=1),
-    "learning_rate": _NOT_NEGATIVE,
+    "learning_rate": LEARNING_RATE,
     "local_rank": Range(min=-1),
     "max_grad_norm": Range(min=0, infinite=True),  # 0 and inf: none
     "max_steps": Range(min=-1),  # 0 and -1: by num_train_epochs
@@ -42,7 +51,7 @@ TRAINING_LIMITS = {
     "seed": SEED,
     "torch_empty_cache_steps": _COUNT,
     "warmup_steps": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
+    "weight_decay": WEIGHT_DECAY,
 }
 
 
