@@ -3,7 +3,10 @@
 import io
 import os
 import random
+import re
 import shutil
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,10 @@ import torch
 
 from segrlhf import cli
 from segrlhf.models.reward_model import SegmentRewardModel
+from segrlhf.ppo import checkpoint as ppo_checkpoint
+from segrlhf.ppo.config import PPOConfig
+from segrlhf.reward import run as reward_run
+from segrlhf.reward.config import RewardConfig
 from segrlhf.runtime import checkpoints
 from segrlhf.runtime.checkpoints import COMPLETE
 
@@ -223,3 +230,47 @@ def test_a_run_does_not_end_before_its_checkpoint(shorter, runs, resume, tmp_pat
     status, _, err = resume(command, **flags)
     assert status == cli.EXIT_USER
     assert "1, where this run ends, got one of" in err
+
+
+# Flags of transformers without influence on the weights that a run ends with, and places.
+OTHERS = """
+    output_dir resume_from_checkpoint entropy_cache_dir entropy_batch_size use_cpu use_cache
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
+    gradient_checkpointing_kwargs torch_empty_cache_steps fsdp_config debug skip_memory_metrics
+    logging_strategy logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name project
+    trackio_space_id trackio_bucket_id trackio_static_space_id
+    per_device_eval_batch_size eval_delay eval_on_start eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
+    prediction_loss_only bf16_full_eval fp16_full_eval
+    save_only_model save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+    remove_unused_columns label_names length_column_name
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+    ddp_timeout do_train do_eval do_predict local_rank
+"""
+
+
+def test_every_flag_of_a_reward_model_is_kept_or_free_or_without_influence():
+    """A new flag of transformers belongs into one of these lists, and into docs/errors.md."""
+    lists = [reward_run.KEPT, reward_run.FREE, reward_run.HASHED, OTHERS.split()]
+    assert len({name for each in lists for name in each}) == sum(map(len, lists))
+    assert {each.name for each in fields(RewardConfig)} <= {name for each in lists for name in each}
+
+
+def test_the_table_of_what_may_be_changed_is_that_of_the_code():
+    page = Path(__file__).parents[2] / "docs" / "errors.md"
+    rows = {}
+    for line in page.read_text(encoding="utf-8").splitlines():
+        first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[first.partition(",")[0]] = [re.findall(r"`(\w+)`", cell) for cell in cells]
+    flags = [each.name for each in fields(PPOConfig)]
+    free, places = ppo_checkpoint.FREE, ppo_checkpoint.PLACES
+    assert rows["may be changed"] == [list(reward_run.FREE), list(free)]
+    kept = [name for name in flags if name not in (*free, *places)]
+    assert rows["refused"] == [list(reward_run.KEPT), kept]
+    hashed, by_name = rows["refused where what it names"]
+    assert hashed == ["dtype", *reward_run.HASHED]
+    assert {*by_name, *rows["does not matter"][1]} == {"dtype", *places}

@@ -434,6 +434,7 @@ def resume(train, finished, tmp_path):
         ({"granularity": "token", "entropy_threshold": None}, "entropy model .*granularity"),
         ({"per_device_train_batch_size": 2}, r"per_device_train_batch_size 4 \(now 2\)"),
         ({"learning_rate": 1e-3}, r"learning_rate 0.01 \(now 0.001\)"),
+        ({"neftune_noise_alpha": 0.1}, r"neftune_noise_alpha None \(now 0.1\)"),
         ({"max_length": 24}, "pairs"),
         ({"eval_size": 0.25}, "pairs"),
     ],

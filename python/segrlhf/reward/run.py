@@ -131,9 +131,20 @@ FREE = (
 KEPT = (
     "granularity", "entropy_threshold", "score_reduction", "label_smoothing_factor",
     "center_rewards_coefficient", "seed", "data_seed", "train_sampling_strategy",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "learning_rate",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16",
+    "dataloader_drop_last", "ignore_data_skip", "per_device_train_batch_size",
+    "auto_find_batch_size", "gradient_accumulation_steps", "average_tokens_across_devices",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "neftune_noise_alpha", "bf16", "fp16", "tf32", "full_determinism",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel",
+    "liger_kernel_config", "fsdp", "deepspeed", "parallelism_config", "accelerator_config",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
+
+# By what it holds, not by its name: these make the pairs and the models.
+HASHED = (
+    "entropy_model", "max_length", "max_prompt_length", "truncation_side", "force_eos",
+    "strip_system_header",
 )  # fmt: skip
 
 
@@ -144,8 +155,10 @@ def _identity(
     revision = model.model_revision
     rest = (name for name in sorted(pairs.column_names) if not name.endswith("_ids"))
     per_pair = ([name, list(pairs[name])] for name in rest)  # margins, what was cut
-    kept = {name: getattr(config, name) for name in KEPT}
+    settings = config.to_dict()  # as json; which flags there are depends on transformers' version
+    kept = {name: settings.get(name) for name in KEPT}
     kept |= {
+        "processes": config.world_size,
         "dtype": model.dtype,
         "LoRA": [getattr(model, each.name) for each in fields(model) if "lora" in each.name]
         if model.use_peft
