@@ -709,6 +709,10 @@ def test_bad_thresholds(tmp_path, bad):
             "enable_jit_checkpoint: expected false",
         ),
         (
+            {"granularity": "token", "dataloader_num_workers": 2},
+            "dataloader_num_workers: expected 0, got 2; the pairs are tokens already",
+        ),
+        (
             {"granularity": "token", "train_sampling_strategy": "group_by_length"},
             "expected random or sequential, got group_by_length",
         ),

@@ -155,6 +155,12 @@ class RewardConfig(PairConfig, TrainingArguments):
                 "remove_unused_columns: expected false, got true; the columns of a pair are no "
                 "arguments of the model's forward"
             )
+        if self.dataloader_num_workers:
+            raise UserError(
+                f"dataloader_num_workers: expected 0, got {self.dataloader_num_workers}; the pairs "
+                "are tokens already, and a signal to all processes would end workers that the "
+                "step under way still needs"
+            )
         if self.enable_jit_checkpoint:
             raise UserError(
                 "enable_jit_checkpoint: expected false, got true; SIGTERM saves a checkpoint here "
