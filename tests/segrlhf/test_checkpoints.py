@@ -56,12 +56,17 @@ def test_old_checkpoints_are_dropped_and_nothing_else(tmp_path):
 def test_output_dir_with_files_is_refused(tmp_path):
     (tmp_path / "weights").write_text("precious")
     with pytest.raises(UserError, match=r"output_dir: expected a new or empty directory.*resume"):
-        check_output_dir(tmp_path, resume=False)
-    check_output_dir(tmp_path, resume=True)
+        check_output_dir(tmp_path, resume=False, sign="log")
+    check_output_dir(tmp_path, resume=True, sign="log")
     assert (tmp_path / "weights").read_text() == "precious"
     with pytest.raises(UserError, match="expected a directory, got the file"):
-        check_output_dir(tmp_path / "weights", resume=True)
-    check_output_dir(tmp_path / "new", resume=False)
+        check_output_dir(tmp_path / "weights", resume=True, sign="log")
+    (tmp_path / "config.json").write_text("of somebody's model")
+    with pytest.raises(UserError, match=r"with a model, but neither a checkpoint nor log; choose"):
+        check_output_dir(tmp_path, resume=True, sign="log")
+    (tmp_path / "log").touch()
+    check_output_dir(tmp_path, resume=True, sign="log")
+    check_output_dir(tmp_path / "new", resume=False, sign="log")
     assert not (tmp_path / "new").exists()  # nothing to stand in the way of a corrected command
 
 
@@ -84,7 +89,7 @@ def test_resuming_clears_what_a_killed_process_left(tmp_path):
     others = [".keep.part", ".notes.old", ".git.old", ".x.77.part", ".segrlhf-new"]
     for name in others:
         (tmp_path / name).write_text("mine")
-    check_output_dir(tmp_path, resume="true")
+    check_output_dir(tmp_path, resume="true", sign="log")
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {*others, "checkpoint-1", "checkpoint-3", "model"}
     assert last_checkpoint(tmp_path).name == "checkpoint-3"

@@ -20,8 +20,10 @@ from ..models.loading import (
     load_tokenizer,
 )
 from ..models.reward_model import SegmentRewardModel
+from ..outputs import check_apart
 from ..runtime.checkpoints import check_output_dir
 from .config import PPOConfig
+from .metrics import METRICS_FILE
 from .models import starting_value_model
 from .trainer import PPOTrainer
 
@@ -30,7 +32,8 @@ def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, An
     """``segrlhf ppo``: loads everything, trains, saves; returns the last logged metrics."""
     state = PartialState(cpu=config.use_cpu)
     if state.is_main_process:
-        check_output_dir(config.output_dir, config.resume_from_checkpoint)
+        check_apart(config.output_dir, model, data, config)
+        check_output_dir(config.output_dir, config.resume_from_checkpoint, METRICS_FILE)
     say = tqdm.write if state.is_main_process else (lambda _: None)
 
     tokenizer = load_tokenizer(model)

@@ -50,7 +50,7 @@ from .config import PPOConfig
 from .evaluation import Judge, evaluate
 from .experience import Experience, TokenScores, build_normalizer, make_experience
 from .launch import check_prompts, make_accelerator
-from .metrics import MetricsLog, rollout_means, token_means, with_std_drift
+from .metrics import METRICS_FILE, MetricsLog, rollout_means, token_means, with_std_drift
 from .models import PolicyAndValue, starting_value_model, without_dropout
 from .optimization import make_optimizer, make_schedule
 from .rollout import Rollout, eos_ids
@@ -90,7 +90,7 @@ class PPOTrainer:
         self.accelerator = make_accelerator(config)
         check_prompts(config, train_prompts, eval_prompts)
         if self.accelerator.is_main_process:
-            check_output_dir(config.output_dir, config.resume_from_checkpoint)
+            check_output_dir(config.output_dir, config.resume_from_checkpoint, METRICS_FILE)
         for model in (policy, reward_model, ref_policy, value_model, entropy_model):
             if model is not None:
                 check_vocabulary(model.config, tokenizer)

@@ -54,6 +54,11 @@ TRAINING_LIMITS = {
     "weight_decay": WEIGHT_DECAY,
 }
 
+EVAL_METRICS = (
+    "loss", "accuracy", "longer_wins", "margin", "mean_reward", "min_reward", "max_reward",
+    "segments/per_response", "segments/tokens_per_segment",
+)  # fmt: skip
+
 
 @dataclass
 class RewardConfig(PairConfig, TrainingArguments):
@@ -160,6 +165,16 @@ class RewardConfig(PairConfig, TrainingArguments):
                 f"dataloader_num_workers: expected 0, got {self.dataloader_num_workers}; the pairs "
                 "are tokens already, and a signal to all processes would end workers that the "
                 "step under way still needs"
+            )
+        if not self.eval_do_concat_batches:
+            raise UserError(
+                "eval_do_concat_batches: expected true, got false; metrics are those of all pairs"
+            )
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric not in EVAL_METRICS:
+            raise UserError(
+                f"metric_for_best_model: expected one of {', '.join(EVAL_METRICS)}, got "
+                f"{self.metric_for_best_model}"
             )
         if self.enable_jit_checkpoint:
             raise UserError(

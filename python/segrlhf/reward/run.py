@@ -18,6 +18,7 @@ from ..entropy_cache import Pairs, build_entropy_cache, model_fingerprint, pairs
 from ..errors import UserError, reading
 from ..models.loading import apply_lora, check_positions, load_tokenizer
 from ..models.reward_model import SegmentRewardModel
+from ..outputs import check_apart
 from ..runtime.checkpoints import check_output_dir, resolve_resume
 from ..runtime.distributed import say
 from ..runtime.identity import Identity, digest
@@ -34,7 +35,8 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
     """
     with config.main_process_first(desc="reading the pairs"):
         if config.process_index == 0:
-            check_output_dir(config.output_dir, config.resume_from_checkpoint)
+            check_apart(config.output_dir, model, data, config)
+            check_output_dir(config.output_dir, config.resume_from_checkpoint, RUN_FILE)
         checkpoint = resolve_resume(config.output_dir, config.resume_from_checkpoint)
         tokenizer = load_tokenizer(model)
         pairs = {}

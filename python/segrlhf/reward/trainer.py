@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from segkernels import segment_bradley_terry
 
 from ..data.batch import PairCollator, first_pairs
 from ..data.render import pad_token_id
-from ..errors import NonFiniteError, UserError
+from ..errors import NonFiniteError, UserError, first_line
 from ..models.loading import is_peft
 from ..runtime import files
 from ..runtime.checkpoints import (
@@ -155,6 +156,15 @@ class SegmentRewardTrainer(Trainer):
         self._micro_batches: list[_MicroBatch] = []  # of the current step on this process
         self._metrics = Metrics()  # since the last log
         self.add_callback(_Guard(self))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with _settings("optim", f"{self.args.optim} with optim_args {self.args.optim_args}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        kind, given = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
+        with _settings("lr_scheduler_kwargs", f"{kind} with {given}"):
+            return super().create_scheduler(*args, **kwargs)
 
     # Batches
 
@@ -472,6 +482,17 @@ class SegmentRewardTrainer(Trainer):
             model.save_pretrained(part, state_dict=state)
             self.processing_class.save_pretrained(part)
             files.write_json(part / RUN_FILE, run)
+
+
+@contextmanager
+def _settings(name: str, got: str) -> Iterator[None]:
+    """What transformers raises for settings that it does not take becomes a UserError."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(
+            f"{name}: expected settings that transformers takes, got {got}: {first_line(error)}"
+        ) from error
 
 
 def _tokens_in_segments(ends: Tensor, mask: Tensor) -> Tensor:

@@ -151,8 +151,9 @@ def check_newest(output_dir: str | Path, checkpoint: Path) -> None:
         )
 
 
-def check_output_dir(output_dir: str | Path, resume: Resume) -> None:
-    """UserError for a file, and for a directory that holds files unless resuming.
+def check_output_dir(output_dir: str | Path, resume: Resume, sign: str) -> None:
+    """UserError for a file, and for a directory that holds files unless resuming; then for one
+    with a model in it that is not from a run of this command, which leaves a file named ``sign``.
 
     To be called first, by one process. Nothing is created, so that a command that is refused for
     another reason finds the directory as before when it was corrected; when resuming, what a
@@ -166,7 +167,12 @@ def check_output_dir(output_dir: str | Path, resume: Resume) -> None:
     if _resumes(resume):
         if path.is_dir():
             _mend(path)
-        _found(path, resume)
+        found = _found(path, resume)
+        if found is None and (path / "config.json").exists() and not (path / sign).exists():
+            raise UserError(
+                f"output_dir: expected a directory of the run that is to go on, got {path} with a "
+                f"model, but neither a checkpoint nor {sign}; choose another name"
+            )
     elif path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"output_dir: expected a new or empty directory, got {path} with "
