@@ -91,6 +91,9 @@ COMMON_TRAINING_FLAGS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; its exit status, see ``_EXIT_STATUS``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as by >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         try:
             return _main(argv)

@@ -247,3 +247,9 @@ def test_a_reader_that_leaves():
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (cli.EXIT_PIPE, b"")
+
+
+def test_closed_outputs():
+    code = "import sys; from segrlhf.cli import main; sys.exit(main(['--help']))"
+    closed = ["bash", "-c", '"$@" >&- 2>&-', "bash", sys.executable, "-c", code]
+    assert subprocess.run(closed).returncode == 0

@@ -18,6 +18,7 @@ from segrlhf.runtime.checkpoints import (
     COMPLETE,
     check_output_dir,
     check_room,
+    claimed,
     drop_old_checkpoints,
     is_disk_full,
     last_checkpoint,
@@ -68,6 +69,20 @@ def test_output_dir_with_files_is_refused(tmp_path):
     check_output_dir(tmp_path, resume=True, sign="log")
     check_output_dir(tmp_path / "new", resume=False, sign="log")
     assert not (tmp_path / "new").exists()  # nothing to stand in the way of a corrected command
+
+
+def test_one_run_at_a_time_uses_a_directory(tmp_path):
+    place = tmp_path / "new" / "run"
+    in_use = pytest.raises(UserError, match="expected a directory that no other run is using")
+    with claimed(place):
+        with in_use, claimed(place):
+            pytest.fail("got it")
+        with claimed(place, here=False):
+            pass
+    assert not place.parent.exists()  # nothing was written
+    with claimed(place):
+        (place / "weights").touch()
+    assert (place / "weights").exists()
 
 
 def test_resuming_clears_what_a_killed_process_left(tmp_path):

@@ -42,7 +42,7 @@ TRAINING_LIMITS = {
     "learning_rate": LEARNING_RATE,
     "local_rank": Range(min=-1),
     "max_grad_norm": Range(min=0, infinite=True),  # 0 and inf: none
-    "max_steps": Range(min=-1),  # 0 and -1: by num_train_epochs
+    "max_steps": Range(min=-1),  # -1: by num_train_epochs
     "neftune_noise_alpha": _NOT_NEGATIVE,
     "per_device_eval_batch_size": _COUNT,
     "per_device_train_batch_size": _COUNT,
@@ -165,6 +165,11 @@ class RewardConfig(PairConfig, TrainingArguments):
                 f"dataloader_num_workers: expected 0, got {self.dataloader_num_workers}; the pairs "
                 "are tokens already, and a signal to all processes would end workers that the "
                 "step under way still needs"
+            )
+        if self.max_steps == 0:
+            raise UserError(
+                "max_steps: expected at least 1, or -1 for as many as num_train_epochs has, got 0; "
+                "a model without a step of training gives random rewards"
             )
         if not self.eval_do_concat_batches:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..errors import UserError, reading
 from ..models.loading import apply_lora, check_positions, load_tokenizer
 from ..models.reward_model import SegmentRewardModel
 from ..outputs import check_apart
-from ..runtime.checkpoints import check_output_dir, resolve_resume
+from ..runtime.checkpoints import check_output_dir, claimed, resolve_resume
 from ..runtime.distributed import say
 from ..runtime.identity import Identity, digest
 from ..runtime.interrupt import Interrupt
@@ -33,6 +34,11 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
     Returns ``{"output_dir", "metrics", "history"}``: final train and eval metrics, and everything
     that was logged.
     """
+    with claimed(config.output_dir, here=config.process_index == 0):
+        return _run(model, data, config)
+
+
+def _run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> dict[str, Any]:
     with config.main_process_first(desc="reading the pairs"):
         if config.process_index == 0:
             check_apart(config.output_dir, model, data, config)
@@ -161,6 +167,7 @@ def _identity(
     kept = {name: settings.get(name) for name in KEPT}
     kept |= {
         "processes": config.world_size,
+        "mixed precision of accelerate": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "dtype": model.dtype,
         "LoRA": [getattr(model, each.name) for each in fields(model) if "lora" in each.name]
         if model.use_peft

@@ -90,6 +90,12 @@ class _Guard(TrainerCallback):
         # Else those of the checkpoint's state would win over those of this run.
         state.compute_steps(args, state.max_steps)
         check_not_beyond(state.global_step, state.max_steps, "step")
+        if state.max_steps < 1 or len(kwargs["train_dataloader"]) == 0:
+            raise UserError(
+                f"training: expected at least one step, got {len(self.trainer.train_dataset)} "
+                f"pairs for batches of {args.train_batch_size}, and {state.max_steps} steps in "
+                "all; drop --dataloader_drop_last, or lower --per_device_train_batch_size"
+            )
         if args.should_save:
             self.trainer.check_room()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,39 @@ def check_newest(output_dir: str | Path, checkpoint: Path) -> None:
             f"with other settings, got {checkpoint}, and {', '.join(newer)} beside it, which would "
             "be taken for this run's; move those away, or choose a new output_dir"
         )
+
+
+@contextmanager
+def claimed(output_dir: str | Path, here: bool = True) -> Iterator[None]:
+    """Holds ``output_dir`` for the runs of one command; UserError where another one has it.
+
+    The directory is made, and removed again by a block that left it empty. To be called before
+    ``check_output_dir``, with ``here`` on one process of a launch. File systems that have no locks
+    of directories are not guarded.
+    """
+    path = Path(output_dir)
+    if not here or (path.exists() and not path.is_dir()):
+        yield
+        return
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"output_dir: expected a directory that no other run is using, got {path}; wait "
+                "for its end, or choose another name"
+            ) from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):  # the first that is not empty
+            for place in made:
+                place.rmdir()
 
 
 def check_output_dir(output_dir: str | Path, resume: Resume, sign: str) -> None:
