@@ -253,3 +253,13 @@ def test_closed_outputs():
     code = "import sys; from segrlhf.cli import main; sys.exit(main(['--help']))"
     closed = ["bash", "-c", '"$@" >&- 2>&-', "bash", sys.executable, "-c", code]
     assert subprocess.run(closed).returncode == 0
+
+
+def test_letters_that_an_output_has_no_place_for():
+    code = "import sys; from segrlhf import cli; cli.main([]); print('tée')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        stdout=subprocess.PIPE,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, b"t\\xe9e")
