@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    check_output_dir(args.output_dir, resume=False)
+    check_output_dir(args.output_dir, resume=False, sign="config.json")
 
     tokenizer = gpt2_tokenizer(args.vocab, args.merges)
     pieces = []

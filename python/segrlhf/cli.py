@@ -91,6 +91,12 @@ COMMON_TRAINING_FLAGS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; its exit status, see ``_EXIT_STATUS``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, as by >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # no letter is worth a run
     try:
         try:
             return _main(argv)
@@ -278,10 +284,14 @@ def _listed(parser: Any, mapping: dict[str, Any], source: str) -> dict[str, Any]
     several = {option[2:] for a in parser._actions if a.nargs == "+" for option in a.option_strings}
     words: list[str] = []
     missing: dict[str, Any] = {}
+    seen: set[str] = set()
     for key, value in mapping.items():
         flag = str(key).replace("-", "_")
         if flag not in known:
             raise UserError(f"{source}: {_no_flag(flag, known)}")
+        if flag in seen:
+            raise UserError(f"{source}: {flag}: expected one line, got two of them; drop one")
+        seen.add(flag)
         if isinstance(value, list) and flag not in several:
             raise UserError(
                 f"{source}: {flag}: expected one value, got {len(value)}; write 'flag: value'"
@@ -289,7 +299,13 @@ def _listed(parser: Any, mapping: dict[str, Any], source: str) -> dict[str, Any]
         if isinstance(value, Missing):
             missing[flag] = value
         elif isinstance(value, dict):
-            words.append(f"--{flag}={json.dumps(value)}")
+            try:
+                words.append(f"--{flag}={json.dumps(value)}")
+            except TypeError as error:  # YAML has dates and bytes
+                raise UserError(
+                    f"{source}: {flag}: expected words, numbers, true, false and null, got "
+                    f"{value}: {error}; put it in quotes"
+                ) from error
         elif isinstance(value, list):
             words += [f"--{flag}", *map(str, value)]
         elif value is not None:
@@ -400,11 +416,24 @@ class _Help(argparse.HelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
+class _Once(argparse.Action):
+    """A second one would take the place of the first, with all flags in it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) not in (None, _ABSENT):
+            raise UserError(f"{self.dest}: expected one, got two; drop one of them")
+        setattr(namespace, self.dest, values)
+
+
 def _front() -> argparse.ArgumentParser:
     """Reads what says where further flags are."""
     front = _Words(add_help=False, allow_abbrev=False, exit_on_error=False)
-    front.add_argument("--config", help="YAML file of flags; the command line wins over it.")
-    front.add_argument("--preset", help="A published system; the config file wins over it.")
+    front.add_argument(
+        "--config", action=_Once, help="YAML file of flags; the command line wins over it."
+    )
+    front.add_argument(
+        "--preset", action=_Once, help="A published system; the config file wins over it."
+    )
     return front
 
 

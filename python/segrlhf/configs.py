@@ -30,7 +30,8 @@ class Range:
     """The numbers that a flag takes.
 
     Whole numbers are at most ``LARGEST_WHOLE`` unless ``max`` says otherwise; others are finite in
-    fp32, in which kernels compute, unless ``infinite`` says that infinity has a meaning.
+    fp32, in which kernels compute, unless ``infinite`` says that infinity has a meaning. Neither is
+    told to who keeps within it.
     """
 
     min: float | None = None
@@ -44,7 +45,7 @@ class Range:
         """What was expected, where ``value`` is not in the range."""
         number = numbers.Integral if whole else numbers.Real
         largest = self.max
-        if largest is None and self.below is None:
+        if largest is None:
             largest = LARGEST_WHOLE if whole else math.inf if self.infinite else LARGEST
         if (
             isinstance(value, number)
@@ -53,21 +54,36 @@ class Range:
             and (self.min is None or value >= self.min)  # type: ignore[operator]
             and (self.above is None or value > self.above)  # type: ignore[operator]
             and (self.below is None or value < self.below)  # type: ignore[operator]
-            and (largest is None or value <= largest)  # type: ignore[operator]
+            and value <= largest  # type: ignore[operator]
             and (self.infinite or whole or value >= -LARGEST)  # type: ignore[operator]
         ):
             return None
-        bounds = {"at least": self.min, "above": self.above, "below": self.below}
-        texts = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
-        if self.max is not None or whole:
-            texts.append(f"at most {largest}")
-        kind = "a whole number" if whole else "a number" if self.infinite else "a finite number"
+        bounds = {
+            "at least": self.min, "above": self.above, "below": self.below, "at most": self.max,
+        }  # fmt: skip
+        texts = [f"{word} {_short(bound)}" for word, bound in bounds.items() if bound is not None]
+        # What a type holds is no limit that a person has to know, before it is met.
+        too_long = (
+            self.max is None and isinstance(value, number) and math.inf > abs(value) > largest  # type: ignore[arg-type,operator]
+        )
+        if whole:
+            kind = "a whole number of 32 bits" if too_long else "a whole number"
+        elif self.infinite:
+            kind = "a number"
+        else:
+            kind = "a number that is finite in float32" if too_long else "a finite number"
         kind += f" of {self.unit}" if self.unit else ""
         return ", ".join([kind, " and ".join(texts)]) if texts else kind
 
 
+def _short(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
 LARGEST_WHOLE = 2**31 - 1
 LARGEST = 2.0**128 - 2.0**104  # of fp32
+# Beyond it weights overflow in a step or two, by exceptions of torch where a scalar does.
+LEARNING_RATE = WEIGHT_DECAY = Range(min=0, max=1000)
 THRESHOLD = Range(min=0, unit="nats")
 SEED = Range(min=0, max=2**32 - 1)  # what NumPy takes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import UserError, first_line
 
@@ -17,10 +17,15 @@ def check_writable(name: str, path: str | Path, kind: Literal["file", "directory
 
     def refuse(got: str) -> UserError:
         return UserError(
-            f"{name}: expected a {kind} that can be written, got {path}{got}; choose another name"
+            f"{name}: expected a {kind} that can be written, got {_shown(path)}{got}; choose "
+            "another name"
         )
 
     place = Path(path)
+    try:
+        str(place).encode()
+    except UnicodeEncodeError as error:  # bytes of another encoding
+        raise refuse(", whose name is not UTF-8, as safetensors and json need it") from error
     try:
         place.lstat()
     except FileNotFoundError:
@@ -42,3 +47,26 @@ def check_writable(name: str, path: str | Path, kind: Literal["file", "directory
         place.is_file() and not os.access(place, os.W_OK)
     ):
         raise refuse(" without permission to write it")
+
+
+# Flags that name what is read; the value of one may also be a hub name or a word.
+_INPUTS = (
+    "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model",
+    "entropy_model", "value_model",
+)  # fmt: skip
+
+
+def check_apart(output_dir: str | Path, *configs: Any) -> None:
+    """UserError where ``output_dir`` is a directory that ``configs`` name as an input: what is
+    saved there would replace what was read."""
+    place = Path(output_dir)
+    for name, path in ((name, getattr(c, name, None)) for c in configs for name in _INPUTS):
+        if path and place.exists() and os.path.exists(path) and place.samefile(path):
+            raise UserError(
+                f"output_dir: expected a directory of its own, got {place}, which is also "
+                f"{name} {path} and would be overwritten; choose another name"
+            )
+
+
+def _shown(path: str | Path) -> str:
+    return str(path).encode(errors="backslashreplace").decode()

@@ -183,7 +183,14 @@ def test_a_chat_template_that_raises(whole, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "output",
-    ["run.yaml/out.jsonl", "dangling.jsonl", "dangling/out.jsonl", "rm", f"{'a' * 300}.jsonl"],
+    [
+        "run.yaml/out.jsonl",
+        os.fsdecode(b"\xff.jsonl"),
+        "dangling.jsonl",
+        "dangling/out.jsonl",
+        "rm",
+        f"{'a' * 300}.jsonl",
+    ],
 )
 def test_outputs_that_cannot_be_written(output, whole, tmp_path, monkeypatch, capsys):
     shutil.copytree(whole, tmp_path / "case")
@@ -194,6 +201,22 @@ def test_outputs_that_cannot_be_written(output, whole, tmp_path, monkeypatch, ca
     assert score(f"--output={output}") == cli.EXIT_USER
     assert "output: expected a file that can be written" in capsys.readouterr().err
     assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("place", ["lm", "link", "rows"])
+def test_outputs_that_are_inputs(place, tiny_lm_dir, pair_rows, tmp_path, monkeypatch, capsys):
+    """Going on in a directory without checkpoints begins anew, and would replace what is there."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_lm_dir, "lm")
+    os.symlink("lm", "link")
+    Dataset.from_list(pair_rows).to_json("rows/train.jsonl")
+    words = ["--model_name_or_path=lm", "--dataset_name=rows", "--granularity=token"]
+    before = (tmp_path / "lm" / "model.safetensors").read_bytes()
+    status = cli.main(["reward", *words, f"--output_dir={place}", "--resume_from_checkpoint=true"])
+    assert status == cli.EXIT_USER
+    said = capsys.readouterr().err
+    assert f"output_dir: expected a directory of its own, got {place}, which is also" in said
+    assert (tmp_path / "lm" / "model.safetensors").read_bytes() == before
 
 
 def test_tokens_and_rows_that_a_model_has_no_place_for(make_tokenizer):
@@ -224,3 +247,19 @@ def test_a_reader_that_leaves():
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (cli.EXIT_PIPE, b"")
+
+
+def test_closed_outputs():
+    code = "import sys; from segrlhf.cli import main; sys.exit(main(['--help']))"
+    closed = ["bash", "-c", '"$@" >&- 2>&-', "bash", sys.executable, "-c", code]
+    assert subprocess.run(closed).returncode == 0
+
+
+def test_letters_that_an_output_has_no_place_for():
+    code = "import sys; from segrlhf import cli; cli.main([]); print('tée')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        stdout=subprocess.PIPE,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, b"t\\xe9e")

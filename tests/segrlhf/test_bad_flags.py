@@ -97,6 +97,7 @@ def test_bad_values(command, capsys, tmp_path):
             said = capsys.readouterr().err
             fine = status == cli.EXIT_USER and said.count("\n") == 1 and action.dest in said
             fine = fine and "Traceback" not in said and "expected" in said and "got" in said
+            fine = fine and "2147483647" not in said  # what a type holds is no limit to be read
             if not (fine if known is False else status == 0 if known else fine or status == 0):
                 wrong.append((action.dest, value, status, said))
     assert not wrong

@@ -18,6 +18,8 @@ from segrlhf.runtime.checkpoints import (
     COMPLETE,
     check_output_dir,
     check_room,
+    claimed,
+    drop_old_checkpoints,
     is_disk_full,
     last_checkpoint,
     mark_complete,
@@ -34,19 +36,53 @@ def test_last_checkpoint_passes_over_one_that_was_cut_off(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
     mark_complete(tmp_path / "checkpoint-10", 10)
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert json.loads((tmp_path / "checkpoint-10" / COMPLETE).read_text()) == {"step": 10}
+    assert json.loads((tmp_path / "checkpoint-10" / COMPLETE).read_text())["step"] == 10
+    for name in ("checkpoint-11-copy", "my-checkpoint-12", "checkpoint-²"):  # are somebody's own
+        (tmp_path / name).mkdir()
+        mark_complete(tmp_path / name, 12)
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_old_checkpoints_are_dropped_and_nothing_else(tmp_path):
+    for name in (*(f"checkpoint-{step}" for step in range(1, 5)), "checkpoint-1-copy", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-0").symlink_to("notes")
+    drop_old_checkpoints(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 7
+    drop_old_checkpoints(tmp_path, 2, keep=tmp_path / "checkpoint-2")
+    left = {item.name for item in tmp_path.iterdir()}
+    assert left == {"checkpoint-2", "checkpoint-4", "checkpoint-1-copy", "notes"}
 
 
 def test_output_dir_with_files_is_refused(tmp_path):
     (tmp_path / "weights").write_text("precious")
     with pytest.raises(UserError, match=r"output_dir: expected a new or empty directory.*resume"):
-        check_output_dir(tmp_path, resume=False)
-    check_output_dir(tmp_path, resume=True)
+        check_output_dir(tmp_path, resume=False, sign="log")
+    check_output_dir(tmp_path, resume=True, sign="log")
     assert (tmp_path / "weights").read_text() == "precious"
     with pytest.raises(UserError, match="expected a directory, got the file"):
-        check_output_dir(tmp_path / "weights", resume=True)
-    check_output_dir(tmp_path / "new", resume=False)
+        check_output_dir(tmp_path / "weights", resume=True, sign="log")
+    (tmp_path / "config.json").write_text("of somebody's model")
+    with pytest.raises(UserError, match=r"with a model, but neither a checkpoint nor log; choose"):
+        check_output_dir(tmp_path, resume=True, sign="log")
+    (tmp_path / "log").touch()
+    check_output_dir(tmp_path, resume=True, sign="log")
+    check_output_dir(tmp_path / "new", resume=False, sign="log")
     assert not (tmp_path / "new").exists()  # nothing to stand in the way of a corrected command
+
+
+def test_one_run_at_a_time_uses_a_directory(tmp_path):
+    place = tmp_path / "new" / "run"
+    in_use = pytest.raises(UserError, match="expected a directory that no other run is using")
+    with claimed(place):
+        with in_use, claimed(place):
+            pytest.fail("got it")
+        with claimed(place, here=False):
+            pass
+    assert not place.parent.exists()  # nothing was written
+    with claimed(place):
+        (place / "weights").touch()
+    assert (place / "weights").exists()
 
 
 def test_resuming_clears_what_a_killed_process_left(tmp_path):
@@ -68,7 +104,7 @@ def test_resuming_clears_what_a_killed_process_left(tmp_path):
     others = [".keep.part", ".notes.old", ".git.old", ".x.77.part", ".segrlhf-new"]
     for name in others:
         (tmp_path / name).write_text("mine")
-    check_output_dir(tmp_path, resume="true")
+    check_output_dir(tmp_path, resume="true", sign="log")
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {*others, "checkpoint-1", "checkpoint-3", "model"}
     assert last_checkpoint(tmp_path).name == "checkpoint-3"

@@ -60,6 +60,8 @@ def test_config_holds_required_flags_lists_and_booleans(config):
         ("seed: [1, 2]\n", "seed: expected one value, got 2"),
         ("report_to: [[a]]\n", "expected a word at line 1"),
         ("lr_scheduler_kwargs: !!python/object:os.system {}\n", "could not determine a constr"),
+        ("lr_scheduler_kwargs: {a: 2020-01-01}\n", "of type date is not JSON serializable"),
+        ("save-steps: 1\nsave_steps: 2\n", "save_steps: expected one line, got two of them"),
         ("[" * 5000, "recursion"),
     ],
 )
@@ -67,6 +69,12 @@ def test_a_config_that_is_wrong(config, text, message):
     with pytest.raises(UserError, match=r"run\.yaml|config") as caught:
         cli.parse("reward", ["--config", config(text), *BASE])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["config", "preset"])
+def test_a_second_config_or_preset_would_hide_the_first(flag):
+    with pytest.raises(UserError, match=f"{flag}: expected one, got two"):
+        cli.parse("reward", [f"--{flag}=a", f"--{flag}=b", *BASE])
 
 
 def test_a_config_names_a_preset_but_no_config(config):

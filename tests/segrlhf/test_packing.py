@@ -11,7 +11,7 @@ from segkernels import segment_bradley_terry
 from segrlhf.data.batch import Example, Sizes, make_batch
 from segrlhf.errors import UserError
 from segrlhf.models.lm_head import response_entropy, response_states
-from segrlhf.models.packing import PackingConfig, choose_packing, make_reader
+from segrlhf.models.packing import PackingConfig, Reader, choose_packing, make_reader
 from segrlhf.models.reward_model import SegmentRewardModel, response_rewards
 
 # Families whose attention takes no mask or positions but its own.
@@ -71,23 +71,20 @@ def test_flex_attention_gives_the_rewards_of_padded_rows(tiny_lm_dir, monkeypatc
     from torch.nn.attention.flex_attention import flex_attention
     from transformers.integrations import flex_attention as theirs
 
-    monkeypatch.setattr(
-        theirs,
-        "compile_friendly_flex_attention",
-        lambda *a, training=False, **k: flex_attention(*a, **k),
-    )
-    model = SegmentRewardModel.from_causal_lm(
-        tiny_lm_dir, "token", attn_implementation="flex_attention"
-    ).eval()
+    def definition(*args, training=False, **kwargs):
+        return flex_attention(*args, **kwargs)
+
+    monkeypatch.setattr(theirs, "compile_friendly_flex_attention", definition)
+    make = SegmentRewardModel.from_causal_lm
+    flex = make(tiny_lm_dir, "token", attn_implementation="flex_attention").eval()
+    padded = make(tiny_lm_dir, "token", attn_implementation="sdpa").eval()
     rows = examples()
-    reader = make_reader(model, PackingConfig(), response_rewards, Sizes.of(rows), rows.__getitem__)
-    assert reader.packing == "flex"
+    batch = Reader("flex", 4096).batch(rows, "cpu")
+    assert batch.input_ids.shape == (1, 1024)
     with torch.no_grad():
-        batch = reader.batch(rows, "cpu")
-        assert batch.input_ids.shape == (1, 1024)
-        rewards = response_rewards(model, batch, "flex")
-        padded = response_rewards(model, make_batch(rows), "none")
-    torch.testing.assert_close(rewards, padded, rtol=1e-5, atol=1e-6)
+        rewards = response_rewards(flex, batch, "flex")
+        expected = response_rewards(padded, make_batch(rows), "none")
+    torch.testing.assert_close(rewards, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture

@@ -28,11 +28,11 @@ from segrlhf.models.loading import load_tokenizer
 from segrlhf.models.reward_model import SegmentRewardModel
 from segrlhf.reward import run as reward_run
 from segrlhf.reward import trainer
-from segrlhf.reward.config import RewardConfig
+from segrlhf.reward.config import EVAL_METRICS, RewardConfig
 from segrlhf.reward.run import run, trained_with
 from segrlhf.reward.trainer import SegmentRewardTrainer
 from segrlhf.runtime import interrupt
-from segrlhf.runtime.checkpoints import COMPLETE, last_checkpoint
+from segrlhf.runtime.checkpoints import COMPLETE, last_checkpoint, mark_complete
 
 
 @pytest.fixture(autouse=True)
@@ -458,6 +458,7 @@ def resume(train, finished, tmp_path):
         ({"granularity": "token", "entropy_threshold": None}, "entropy model .*granularity"),
         ({"per_device_train_batch_size": 2}, r"per_device_train_batch_size 4 \(now 2\)"),
         ({"learning_rate": 1e-3}, r"learning_rate 0.01 \(now 0.001\)"),
+        ({"neftune_noise_alpha": 0.1}, r"neftune_noise_alpha None \(now 0.1\)"),
         ({"max_length": 24}, "pairs"),
         ({"eval_size": 0.25}, "pairs"),
     ],
@@ -497,6 +498,7 @@ def test_checkpoint_without_one_of_its_weights(resume, tmp_path):
     kept = load_file(path)
     del kept["model.norm.weight"]
     save_file(kept, path, metadata={"format": "pt"})
+    mark_complete(tmp_path / "rm" / "checkpoint-4", 4)
     with pytest.raises(UserError, match=r"checkpoint: expected exactly the weights .*model\.norm"):
         resume()
 
@@ -584,12 +586,12 @@ def test_non_finite_gradient_never_reaches_the_weights(make_trainer, pairs, tmp_
 
 def test_weights_that_are_not_finite_are_never_saved(flags, tmp_path, capsys):
     """And a corrected command finds the directory as the first one did."""
-    beyond_fp32 = {"learning_rate": 1e30, "weight_decay": 1e30}
-    assert cli.main(["reward", *flags(save_steps=1, **beyond_fp32)]) == cli.EXIT_NON_FINITE
+    zero_in_fp32 = {"adam_epsilon": 1e-50}
+    assert cli.main(["reward", *flags(save_steps=1, **zero_in_fp32)]) == cli.EXIT_NON_FINITE
     said = capsys.readouterr().err
     assert "weights: expected finite numbers after step 1, got NaN or infinity in" in said
     assert "no checkpoint had been saved: start again" in said
-    assert not list((tmp_path / "rm").iterdir())
+    assert not (tmp_path / "rm").exists()
 
 
 def test_the_last_checkpoint_is_finite_and_goes_on(make_trainer, tmp_path):
@@ -734,6 +736,19 @@ def test_bad_thresholds(tmp_path, bad):
             "enable_jit_checkpoint: expected false",
         ),
         (
+            {"granularity": "token", "dataloader_num_workers": 2},
+            "dataloader_num_workers: expected 0, got 2; the pairs are tokens already",
+        ),
+        ({"granularity": "token", "max_steps": 0}, "max_steps: expected at least 1, or -1"),
+        (
+            {"granularity": "token", "metric_for_best_model": "bleu"},
+            "metric_for_best_model: expected one of loss, accuracy, .*, got bleu",
+        ),
+        (
+            {"granularity": "token", "eval_do_concat_batches": False},
+            "eval_do_concat_batches: expected true",
+        ),
+        (
             {"granularity": "token", "train_sampling_strategy": "group_by_length"},
             "expected random or sequential, got group_by_length",
         ),
@@ -742,6 +757,27 @@ def test_bad_thresholds(tmp_path, bad):
 def test_bad_settings(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         RewardConfig(output_dir=str(tmp_path), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim_args": "junk"}, "optim: expected settings that transformers takes, got .*junk"),
+        ({"lr_scheduler_kwargs": '{"a": 1}'}, "lr_scheduler_kwargs: expected .*'a': 1"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 100},
+            "expected at least one step, got 24 pairs for batches of 100",
+        ),
+    ],
+)
+def test_settings_that_only_the_trainer_knows(train, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(max_steps=1, **changes)
+
+
+def test_the_metrics_of_the_best_model_are_those_of_an_evaluation(train):
+    metrics = train(max_steps=1, eval_size=0.25)["metrics"]
+    assert {f"eval_{name}" for name in EVAL_METRICS} <= metrics.keys()
 
 
 def test_prompts_are_no_pairs(train, prompts_file):

@@ -90,11 +90,9 @@ def _block_mask(batch: Batch) -> Any:
         shared = (branch[k] == 0) | (branch[k] == branch[q])
         return (k <= q) & (example[k] == example[q]) & shared
 
-    size = len(example)
     # Compiled, it never forms the dense mask.
-    return create_block_mask(
-        attends, None, None, size, size, str(example.device), _compile=example.is_cuda
-    )
+    create = torch.compile(create_block_mask) if example.is_cuda else create_block_mask
+    return create(attends, None, None, len(example), len(example), str(example.device))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -140,13 +139,3 @@ def _load(
     if saved["normalizer"] is not None:
         normalizer.load_state_dict(saved["normalizer"])
     return saved
-
-
-def drop_old_checkpoints(output_dir: str | Path, limit: int | None) -> None:
-    """Removes all but the ``limit`` newest checkpoints; None keeps all."""
-    if limit is None:
-        return
-    steps = {p.name.rpartition("-")[2]: p for p in Path(output_dir).glob("checkpoint-*")}
-    numbered = sorted((int(step), path) for step, path in steps.items() if step.isdigit())
-    for _, path in numbered[:-limit]:
-        shutil.rmtree(path)

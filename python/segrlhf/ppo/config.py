@@ -9,7 +9,7 @@ import torch
 
 from segkernels import LocationNormalizer, ScalarNormalizer
 
-from ..configs import SEED, THRESHOLD, Range, check_flags, flag
+from ..configs import LEARNING_RATE, SEED, THRESHOLD, WEIGHT_DECAY, Range, check_flags, flag
 from ..errors import UserError
 
 # What a normaliser's numbers were fitted to.
@@ -106,7 +106,9 @@ class PPOConfig:
         "none", "left: a prompt of more than max_prompt_length tokens keeps its last ones."
     )
     temperature: float = flag(
-        1.0, "Sampling temperature; log-probabilities are taken at it too.", limits=Range(above=0)
+        1.0,
+        "Sampling temperature; log-probabilities are taken at it too.",
+        limits=Range(min=1e-6, max=1e6),
     )
 
     # optimisation
@@ -115,8 +117,8 @@ class PPOConfig:
     per_device_train_batch_size: int = flag(
         8, "Rows of one forward pass of one process.", limits=Range(min=1)
     )
-    learning_rate: float = flag(5e-7, "Policy's learning rate.", limits=Range(min=0))
-    value_learning_rate: float = flag(9e-6, "Value model's learning rate.", limits=Range(min=0))
+    learning_rate: float = flag(5e-7, "Policy's learning rate.", limits=LEARNING_RATE)
+    value_learning_rate: float = flag(9e-6, "Value model's learning rate.", limits=LEARNING_RATE)
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -141,7 +143,7 @@ class PPOConfig:
     adam_beta1: float = flag(0.9, "AdamW's first beta.", limits=Range(min=0, below=1))
     adam_beta2: float = flag(0.999, "AdamW's second beta.", limits=Range(min=0, below=1))
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", limits=Range(above=0))
-    weight_decay: float = flag(0.0, "AdamW's weight decay.", limits=Range(min=0))
+    weight_decay: float = flag(0.0, "AdamW's weight decay.", limits=WEIGHT_DECAY)
     max_grad_norm: float = flag(
         1.0,
         "Gradient norm limit, of policy and value model each.",

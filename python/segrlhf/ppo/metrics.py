@@ -90,12 +90,15 @@ def with_std_drift(metrics: dict[str, float]) -> dict[str, float]:
     return {**kept, "normalizer/std_drift": math.sqrt(max(variance, 0.0)) - 1}
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
 class MetricsLog:
     """metrics.jsonl of a run, a line an update, and the trackers that accelerate reports to."""
 
     def __init__(self, accelerator: Accelerator, config: PPOConfig) -> None:
         self.accelerator, self.config = accelerator, config
-        self.path = Path(config.output_dir) / "metrics.jsonl"
+        self.path = Path(config.output_dir) / METRICS_FILE
 
     def start(self, history: list[dict[str, float]]) -> None:
         """Writes what was logged before, if anything was, and opens the trackers."""

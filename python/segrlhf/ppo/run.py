@@ -20,8 +20,10 @@ from ..models.loading import (
     load_tokenizer,
 )
 from ..models.reward_model import SegmentRewardModel
-from ..runtime.checkpoints import check_output_dir
+from ..outputs import check_apart
+from ..runtime.checkpoints import check_output_dir, claimed
 from .config import PPOConfig
+from .metrics import METRICS_FILE
 from .models import starting_value_model
 from .trainer import PPOTrainer
 
@@ -29,8 +31,16 @@ from .trainer import PPOTrainer
 def run(model: ModelConfig, data: DataConfig, config: PPOConfig) -> dict[str, Any]:
     """``segrlhf ppo``: loads everything, trains, saves; returns the last logged metrics."""
     state = PartialState(cpu=config.use_cpu)
+    with claimed(config.output_dir, here=state.is_main_process):
+        return _run(model, data, config, state)
+
+
+def _run(
+    model: ModelConfig, data: DataConfig, config: PPOConfig, state: PartialState
+) -> dict[str, Any]:
     if state.is_main_process:
-        check_output_dir(config.output_dir, config.resume_from_checkpoint)
+        check_apart(config.output_dir, model, data, config)
+        check_output_dir(config.output_dir, config.resume_from_checkpoint, METRICS_FILE)
     say = tqdm.write if state.is_main_process else (lambda _: None)
 
     tokenizer = load_tokenizer(model)

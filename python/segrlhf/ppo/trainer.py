@@ -24,9 +24,13 @@ from ..models.loading import check_vocabulary, recompute_activations
 from ..models.reward_model import SegmentRewardModel
 from ..runtime import files
 from ..runtime.checkpoints import (
-    COMPLETE,
+    check_contents,
+    check_newest,
+    check_not_beyond,
     check_output_dir,
     check_room,
+    drop_old_checkpoints,
+    is_whole,
     mark_complete,
     resolve_resume,
     saving,
@@ -38,7 +42,6 @@ from ..runtime.interrupt import Interrupt
 from ..runtime.metrics import Metrics
 from .checkpoint import (
     TrainingState,
-    drop_old_checkpoints,
     read_checkpoint,
     run_identity,
     write_checkpoint,
@@ -47,7 +50,7 @@ from .config import PPOConfig
 from .evaluation import Judge, evaluate
 from .experience import Experience, TokenScores, build_normalizer, make_experience
 from .launch import check_prompts, make_accelerator
-from .metrics import MetricsLog, rollout_means, token_means, with_std_drift
+from .metrics import METRICS_FILE, MetricsLog, rollout_means, token_means, with_std_drift
 from .models import PolicyAndValue, starting_value_model, without_dropout
 from .optimization import make_optimizer, make_schedule
 from .rollout import Rollout, eos_ids
@@ -87,7 +90,7 @@ class PPOTrainer:
         self.accelerator = make_accelerator(config)
         check_prompts(config, train_prompts, eval_prompts)
         if self.accelerator.is_main_process:
-            check_output_dir(config.output_dir, config.resume_from_checkpoint)
+            check_output_dir(config.output_dir, config.resume_from_checkpoint, METRICS_FILE)
         for model in (policy, reward_model, ref_policy, value_model, entropy_model):
             if model is not None:
                 check_vocabulary(model.config, tokenizer)
@@ -134,6 +137,7 @@ class PPOTrainer:
         checkpoint = resolve_resume(config.output_dir, config.resume_from_checkpoint)
         if checkpoint is not None:
             state = self.load_checkpoint(checkpoint)
+            check_not_beyond(state.global_step, self.n_updates, "update")
         if self.accelerator.is_main_process:
             self._check_room()
         self.log.start(state.history)
@@ -336,7 +340,7 @@ class PPOTrainer:
         """``checkpoint-<updates done>``: all that a resumed run needs; one that is there stays."""
         output_dir, state = Path(self.config.output_dir), self.state
         path = output_dir / f"checkpoint-{state.global_step}"
-        if self.accelerator.is_main_process and not (path / COMPLETE).is_file():
+        if self.accelerator.is_main_process and not is_whole(path):
             with saving(path.name, output_dir), files.whole_dir(path) as part:
                 write_checkpoint(
                     part, self.module, self.tokenizer, self.optimizer, self.normalizer, state,
@@ -349,10 +353,13 @@ class PPOTrainer:
 
     def load_checkpoint(self, path: Path) -> TrainingState:
         """Continues from ``path``; UserError when it belongs to a run of other settings."""
+        if self.accelerator.is_main_process:
+            check_contents(path)
         self.state, changed = read_checkpoint(
             path, self.module, self.optimizer, self.normalizer, self._identity
         )
         if changed and self.accelerator.is_main_process:
+            check_newest(self.config.output_dir, path)
             tqdm.write(changes_told(changed))
         return self.state
 

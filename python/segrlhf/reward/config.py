@@ -9,7 +9,16 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..configs import SEED, THRESHOLD, PairConfig, Range, check_flags, flag
+from ..configs import (
+    LEARNING_RATE,
+    SEED,
+    THRESHOLD,
+    WEIGHT_DECAY,
+    PairConfig,
+    Range,
+    check_flags,
+    flag,
+)
 from ..errors import UserError, first_line
 from ..models.packing import PackingConfig
 from ..models.reward_model import check_threshold
@@ -31,10 +40,10 @@ TRAINING_LIMITS = {
     "eval_steps": Range(above=0),
     "gradient_accumulation_steps": _COUNT,
     "label_smoothing_factor": Range(min=0, max=1),
-    "learning_rate": _NOT_NEGATIVE,
+    "learning_rate": LEARNING_RATE,
     "local_rank": Range(min=-1),
     "max_grad_norm": Range(min=0, infinite=True),  # 0 and inf: none
-    "max_steps": Range(min=-1),  # 0 and -1: by num_train_epochs
+    "max_steps": Range(min=-1),  # -1: by num_train_epochs
     "neftune_noise_alpha": _NOT_NEGATIVE,
     "per_device_eval_batch_size": _COUNT,
     "per_device_train_batch_size": _COUNT,
@@ -43,8 +52,13 @@ TRAINING_LIMITS = {
     "seed": SEED,
     "torch_empty_cache_steps": _COUNT,
     "warmup_steps": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
+    "weight_decay": WEIGHT_DECAY,
 }
+
+EVAL_METRICS = (
+    "loss", "accuracy", "longer_wins", "margin", "mean_reward", "min_reward", "max_reward",
+    "segments/per_response", "segments/tokens_per_segment",
+)  # fmt: skip
 
 
 @dataclass
@@ -143,6 +157,27 @@ class RewardConfig(PackingConfig, PairConfig, TrainingArguments):
             raise UserError(
                 "remove_unused_columns: expected false, got true; the columns of a pair are no "
                 "arguments of the model's forward"
+            )
+        if self.dataloader_num_workers:
+            raise UserError(
+                f"dataloader_num_workers: expected 0, got {self.dataloader_num_workers}; the pairs "
+                "are tokens already, and a signal to all processes would end workers that the "
+                "step under way still needs"
+            )
+        if self.max_steps == 0:
+            raise UserError(
+                "max_steps: expected at least 1, or -1 for as many as num_train_epochs has, got 0; "
+                "a model without a step of training gives random rewards"
+            )
+        if not self.eval_do_concat_batches:
+            raise UserError(
+                "eval_do_concat_batches: expected true, got false; metrics are those of all pairs"
+            )
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric not in EVAL_METRICS:
+            raise UserError(
+                f"metric_for_best_model: expected one of {', '.join(EVAL_METRICS)}, got "
+                f"{self.metric_for_best_model}"
             )
         if self.enable_jit_checkpoint:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from ..entropy_cache import Pairs, build_entropy_cache, model_fingerprint, pairs
 from ..errors import UserError, reading
 from ..models.loading import apply_lora, check_positions, load_tokenizer
 from ..models.reward_model import SegmentRewardModel
-from ..runtime.checkpoints import check_output_dir, resolve_resume
+from ..outputs import check_apart
+from ..runtime.checkpoints import check_output_dir, claimed, resolve_resume
 from ..runtime.distributed import processes, say
 from ..runtime.identity import Identity, digest
 from ..runtime.interrupt import Interrupt
@@ -32,8 +34,14 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
     Returns ``{"output_dir", "metrics", "history"}``: final train and eval metrics, and everything
     that was logged.
     """
+    with claimed(config.output_dir, here=config.process_index == 0):
+        return _run(model, data, config)
+
+
+def _run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> dict[str, Any]:
     if config.process_index == 0:
-        check_output_dir(config.output_dir, config.resume_from_checkpoint)
+        check_apart(config.output_dir, model, data, config)
+        check_output_dir(config.output_dir, config.resume_from_checkpoint, RUN_FILE)
     processes().wait_for_everyone()
     checkpoint = resolve_resume(config.output_dir, config.resume_from_checkpoint)
     tokenizer = load_tokenizer(model)
@@ -120,10 +128,11 @@ def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> di
     }
 
 
-# What a resumed run may change: how far it goes, what it writes and shows.
+# What a resumed run may change: how far it goes, how it reads, what it writes and shows.
 FREE = (
-    "num_train_epochs", "max_steps", "max_grad_norm", "logging_steps",
-    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit",
+    "num_train_epochs", "max_steps", "max_grad_norm", "max_tokens_per_batch", "packing",
+    "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
+    "save_total_limit",
 )  # fmt: skip
 
 # What it may not: the continuation would be another run, or go on with the old value, which
@@ -131,9 +140,20 @@ FREE = (
 KEPT = (
     "granularity", "entropy_threshold", "score_reduction", "label_smoothing_factor",
     "center_rewards_coefficient", "seed", "data_seed", "train_sampling_strategy",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "learning_rate",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16",
+    "dataloader_drop_last", "ignore_data_skip", "per_device_train_batch_size",
+    "auto_find_batch_size", "gradient_accumulation_steps", "average_tokens_across_devices",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "neftune_noise_alpha", "bf16", "fp16", "tf32", "full_determinism",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel",
+    "liger_kernel_config", "fsdp", "deepspeed", "parallelism_config", "accelerator_config",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
+
+# By what it holds, not by its name: these make the pairs and the models.
+HASHED = (
+    "entropy_model", "max_length", "max_prompt_length", "truncation_side", "force_eos",
+    "strip_system_header",
 )  # fmt: skip
 
 
@@ -144,8 +164,11 @@ def _identity(
     revision = model.model_revision
     rest = (name for name in sorted(pairs.column_names) if not name.endswith("_ids"))
     per_pair = ([name, list(pairs[name])] for name in rest)  # margins, what was cut
-    kept = {name: getattr(config, name) for name in KEPT}
+    settings = config.to_dict()  # as json; which flags there are depends on transformers' version
+    kept = {name: settings.get(name) for name in KEPT}
     kept |= {
+        "processes": config.world_size,
+        "mixed precision of accelerate": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "dtype": model.dtype,
         "LoRA": [getattr(model, each.name) for each in fields(model) if "lora" in each.name]
         if model.use_peft

@@ -17,18 +17,27 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from segkernels import segment_bradley_terry
 
 from ..data.batch import PairBatch, Sizes, make_pair_batch, pair_example
 from ..data.render import pad_token_id
-from ..errors import NonFiniteError, UserError
+from ..errors import NonFiniteError, UserError, first_line
 from ..models.loading import is_peft
 from ..models.packing import Reader, make_reader
 from ..models.reward_model import response_rewards
 from ..runtime import files
-from ..runtime.checkpoints import COMPLETE, check_room, mark_complete, saving
+from ..runtime.checkpoints import (
+    check_contents,
+    check_newest,
+    check_not_beyond,
+    check_room,
+    drop_old_checkpoints,
+    is_whole,
+    mark_complete,
+    saving,
+)
 from ..runtime.distributed import any_rank
 from ..runtime.finite import check_weights
 from ..runtime.identity import Identity, changes_told, require_files
@@ -91,6 +100,13 @@ class _Guard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # Else those of the checkpoint's state would win over those of this run.
         state.compute_steps(args, state.max_steps)
+        check_not_beyond(state.global_step, state.max_steps, "step")
+        if state.max_steps < 1 or len(kwargs["train_dataloader"]) == 0:
+            raise UserError(
+                f"training: expected at least one step, got {len(self.trainer.train_dataset)} "
+                f"pairs for batches of {args.train_batch_size}, and {state.max_steps} steps in "
+                "all; drop --dataloader_drop_last, or lower --per_device_train_batch_size"
+            )
         if args.should_save:
             self.trainer.check_room()
 
@@ -159,6 +175,15 @@ class SegmentRewardTrainer(Trainer):
         self._reader: Reader | None = None
         self._metrics = Metrics()  # since the last log
         self.add_callback(_Guard(self))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with _settings("optim", f"{self.args.optim} with optim_args {self.args.optim_args}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        kind, given = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
+        with _settings("lr_scheduler_kwargs", f"{kind} with {given}"):
+            return super().create_scheduler(*args, **kwargs)
 
     # Batches
 
@@ -326,7 +351,7 @@ class SegmentRewardTrainer(Trainer):
             saved = "no step was taken, so there is nothing to save"
         else:
             folder = self._checkpoint_folder()
-            if not (folder / COMPLETE).is_file():
+            if any_rank(self.accelerator, self.args.should_save and not is_whole(folder)):
                 self._save_checkpoint(self.model_wrapped, None)
             saved = f"the last good weights are in {folder}"
         raise NonFiniteError(
@@ -444,10 +469,20 @@ class SegmentRewardTrainer(Trainer):
                 )
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer would add a step to a run that has done all of them amid an epoch.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _check_checkpoint(self, checkpoint: Path) -> None:
+        if self.args.should_save:
+            check_contents(checkpoint)
         if self.identity is not None:
             changed = self.identity.check(checkpoint)
             if changed and self.is_world_process_zero():
+                check_newest(self.args.output_dir, checkpoint)
                 tqdm.write(changes_told(changed))
         # Trainer goes on without them, as another run. Sharded ones have other files.
         require_files(checkpoint, ["trainer_state.json"])
@@ -504,9 +539,7 @@ class SegmentRewardTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
-            rotate_checkpoints(
-                str(folder.parent), limit, best_model_checkpoint=self.state.best_model_checkpoint
-            )
+            drop_old_checkpoints(folder.parent, limit, keep=self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         wrong = sorted((*load_result.missing_keys, *load_result.unexpected_keys))
@@ -532,6 +565,17 @@ class SegmentRewardTrainer(Trainer):
             model.save_pretrained(part, state_dict=state)
             self.processing_class.save_pretrained(part)
             files.write_json(part / RUN_FILE, run)
+
+
+@contextmanager
+def _settings(name: str, got: str) -> Iterator[None]:
+    """What transformers raises for settings that it does not take becomes a UserError."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(
+            f"{name}: expected settings that transformers takes, got {got}: {first_line(error)}"
+        ) from error
 
 
 def _ids(row: dict[str, Any]) -> list[Any]:
