@@ -12,7 +12,7 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
 import segkernels
-from segrlhf import cli
+from segrlhf import cli, flags
 
 project = "segkernels"
 version = release = importlib.metadata.version("segkernels")
@@ -39,7 +39,7 @@ class Commands(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         sections = []
-        for name in cli.COMMANDS:
+        for name in flags.COMMANDS:
             section = nodes.section(ids=[nodes.make_id(name)], names=[name])
             section += nodes.title(text=name)
             section += nodes.literal_block(text=_help(name), language="none")

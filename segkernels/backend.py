@@ -51,7 +51,7 @@ DEVICES: dict[str, dict[str, tuple[str, ...]]] = {
 # What these give is a constant of the graph; backward passes see it detached.
 CONSTANT = (
     "vocab_shard_stats", "scatter_segment_rewards", "RunningLocationNormalizer", "gae",
-    "segment_advantages", "whiten",
+    "segment_advantages", "segment_ends_and_advantages", "whiten",
 )  # fmt: skip
 
 # These give booleans and integers, which have no derivatives to lose.

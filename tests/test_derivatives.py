@@ -78,6 +78,11 @@ def _collected(rewards: Tensor, ends: Tensor, mask: Tensor, backend: str) -> Ten
     return torch.tensor(normalizer.state_dict()["batch"]["mean"])
 
 
+def _ends_and_advantages(rewards: Tensor, *rest: Tensor, backend: str) -> Any:
+    entropy, threshold = rewards.detach().abs(), 0.3
+    return sk.segment_ends_and_advantages(entropy, rewards, *rest, threshold, backend=backend)
+
+
 def _policy_loss(*arguments: Any, **options: Any) -> Tensor:
     return sk.policy_loss(*arguments, **options).loss
 
@@ -106,6 +111,9 @@ CONSTANT = {
     "gae": Case(sk.gae, "rewards", "values", "mask"),
     "segment_advantages": Case(
         sk.segment_advantages, "rewards", "ends", "logprobs", "old", "values", "mask"
+    ),
+    "segment_ends_and_advantages": Case(
+        _ends_and_advantages, "rewards", "logprobs", "old", "values", "mask"
     ),
     "whiten": Case(sk.whiten, "rewards", "mask"),
     "RunningLocationNormalizer": Case(_collected, "rewards", "ends", "mask"),

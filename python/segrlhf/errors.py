@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import errno
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+EXIT_FAULT, EXIT_USER, EXIT_NON_FINITE, EXIT_DISK = 1, 2, 3, 4
+EXIT_SIGNAL = 128  # and the signal's number, as shells count
+EXIT_PIPE = EXIT_SIGNAL + 13
+EXIT_STATUS = """exit status:
+  0    done
+  1    a fault of the program itself; SEGRLHF_TRACEBACK=1 shows where
+  2    the input is wrong: a flag, a file, a model, an environment variable
+  3    a number was NaN or infinite
+  4    the disk is full
+  129, 130, 143  stopped by SIGHUP, by SIGINT (Ctrl-C), by SIGTERM
+  141  whoever read the output has gone, as in "| head -1\""""
 
 
 class UserError(ValueError):
@@ -32,6 +44,12 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.signal = signal.Signals(signum)
+
+
+def some(items: Sequence[int | str]) -> str:
+    """The first ten, and how many there are."""
+    shown = ", ".join(map(str, items[:10]))
+    return f"{shown}, ... ({len(items)} in all)" if len(items) > 10 else shown
 
 
 def first_line(error: BaseException) -> str:

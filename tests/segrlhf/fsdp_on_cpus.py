@@ -1,6 +1,7 @@
 """``segrlhf`` under accelerate's FSDP2 on CPUs: accelerate shards for accelerators only, and takes
 gloo's processes for one here."""
 
+import os
 import sys
 
 from accelerate import state
@@ -21,4 +22,6 @@ def _init_sharded(self, *args, fsdp_plugin=None, **kwargs):
 
 if __name__ == "__main__":
     state.AcceleratorState.__init__ = _init_sharded
-    sys.exit(cli.main(sys.argv[1:]))
+    status = cli.main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # gloo's threads of FSDP are not joined at an orderly end, which aborts

@@ -18,7 +18,7 @@ from segrlhf.data.load import load_rows
 from segrlhf.errors import UserError
 from segrlhf.models.loading import check_positions, check_vocabulary, load_causal_lm
 from segrlhf.models.reward_model import SegmentRewardModel
-from segrlhf.reward.trainer import RUN_FILE
+from segrlhf.reward.checkpoint import RUN_FILE
 
 
 def truncate(path):

@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 
-from segrlhf import cli
+from segrlhf import cli, flags
 
-COMMANDS = sorted(set(cli.COMMANDS) - {"demo"})
+COMMANDS = sorted(set(flags.COMMANDS) - {"demo"})
 BASE = {
     "segment": {"model_name_or_path": "lm", "dataset_name": "rows"},
     "reward": {
@@ -35,12 +35,12 @@ BAD = ["nan", "inf", "-inf", "-1", "-1e-3", "0", "1e39", HUGE, "", "wrong word"]
 def _nothing_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
-        module = importlib.import_module(f"segrlhf.{cli.COMMANDS[command].module}")
+        module = importlib.import_module(f"segrlhf.{flags.COMMANDS[command].module}")
         monkeypatch.setattr(module, "run", lambda *configs: None)
 
 
 def actions(command):
-    parser = cli.command_parser(command)
+    parser = flags.command_parser(command)
     return [a for a in parser._actions if a.nargs != 0 and a.dest not in ("config", "preset")]
 
 
@@ -71,7 +71,7 @@ def test_every_flag_of_numbers_has_a_range(command):
 
     classes = [
         getattr(importlib.import_module(f"segrlhf.{module}"), cls)
-        for module, cls in (config.split(":") for config in cli.COMMANDS[command].configs)
+        for module, cls in (config.split(":") for config in flags.COMMANDS[command].configs)
     ]
     declared = {
         name

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from segrlhf import cli
+from segrlhf import cli, flags
 from segrlhf.errors import NonFiniteError, UserError
 from segrlhf.reward.config import RewardConfig
 
@@ -178,7 +178,7 @@ def test_errors_become_one_line_and_a_status(monkeypatch, capsys, error, status,
     assert "Traceback" not in captured
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", flags.COMMANDS)
 def test_help_is_readable(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])

@@ -13,7 +13,7 @@ from segrlhf.entropy_cache import EntropyCache
 from segrlhf.errors import NonFiniteError, UserError
 from segrlhf.fit_normalizer import FitConfig, choose
 from segrlhf.models.reward_model import SegmentRewardModel
-from segrlhf.reward.trainer import RUN_FILE
+from segrlhf.reward.checkpoint import RUN_FILE
 from segrlhf.score import ScoreConfig
 
 
@@ -166,9 +166,7 @@ def test_bad_input(make_rm, fit, prompts_file, pairs_file, capsys):
         fit("somebody/some-model")
     with pytest.raises(UserError, match=r"expected the columns chosen and rejected"):
         fit(make_rm("token"), prompts_file)
-    with pytest.raises(
-        UserError, match=r"max_pairs: expected a whole number, at least 1, got 0"
-    ):
+    with pytest.raises(UserError, match=r"max_pairs: expected a whole number, at least 1, got 0"):
         fit(make_rm("token"), max_pairs=0)
     words = ["--reward_model", make_rm("bandit"), "--dataset_name", pairs_file]
     assert cli.main(["fit-normalizer", *map(str, words), "--granularity", "token"]) == 2

@@ -148,9 +148,7 @@ def test_bad_split_sizes(pairs_file, tmp_path):
             UserError, match=r"eval_size: expected a finite number, at least 0 and below 1"
         ):
             load_split(DataConfig(str(pairs_file), eval_size=size), "train")
-    with pytest.raises(
-        UserError, match=r"max_samples: expected a whole number, at least 1, got 0"
-    ):
+    with pytest.raises(UserError, match=r"max_samples: expected a whole number, at least 1, got 0"):
         load_split(DataConfig(str(pairs_file), max_samples=0), "train")
     config = DataConfig(str(pairs_file), eval_size=0.5, max_samples=2)
     with pytest.raises(UserError, match="at least two different prompts to divide, got 1"):

@@ -12,7 +12,7 @@ from segrlhf.errors import NonFiniteError, UserError
 from segrlhf.models.lm_head import token_stats
 from segrlhf.models.loading import load_causal_lm
 from segrlhf.models.reward_model import SegmentRewardModel
-from segrlhf.reward.trainer import RUN_FILE
+from segrlhf.reward.checkpoint import RUN_FILE
 from segrlhf.score import ScoreConfig, run
 
 

@@ -24,8 +24,9 @@ from ..runtime.checkpoints import check_output_dir, claimed, resolve_resume
 from ..runtime.distributed import processes, say
 from ..runtime.identity import Identity, digest
 from ..runtime.interrupt import Interrupt
+from .checkpoint import RUN_FILE
 from .config import RewardConfig
-from .trainer import RUN_FILE, SegmentRewardTrainer
+from .trainer import SegmentRewardTrainer
 
 
 def run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> dict[str, Any]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,36 +12,24 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers import TrainerCallback
 
 from segkernels import segment_bradley_terry
 
 from ..data.batch import PairBatch, Sizes, make_pair_batch, pair_example
 from ..data.render import pad_token_id
-from ..errors import NonFiniteError, UserError, first_line
+from ..errors import NonFiniteError, UserError, first_line, some
 from ..models.loading import is_peft
 from ..models.packing import Reader, make_reader
 from ..models.reward_model import response_rewards
-from ..runtime import files
-from ..runtime.checkpoints import (
-    check_contents,
-    check_newest,
-    check_not_beyond,
-    check_room,
-    drop_old_checkpoints,
-    is_whole,
-    mark_complete,
-    saving,
-)
+from ..runtime.checkpoints import check_not_beyond, is_whole
 from ..runtime.distributed import any_rank
 from ..runtime.finite import check_weights
-from ..runtime.identity import Identity, changes_told, require_files
-from ..runtime.interrupt import Interrupt
+from ..runtime.identity import Identity
 from ..runtime.metrics import Metrics
+from .checkpoint import CheckpointedTrainer
 from .config import RewardConfig
-
-RUN_FILE = "reward_run.json"  # beside the final model: how its data was tokenized and scored
+from .metrics import evaluation_metrics, evaluation_table, record
 
 
 def _rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -124,7 +108,7 @@ class _Guard(TrainerCallback):
         return control
 
 
-class SegmentRewardTrainer(Trainer):
+class SegmentRewardTrainer(CheckpointedTrainer):
     """transformers.Trainer for a ``SegmentRewardModel`` on tokenized pairs.
 
     ``train_dataset`` and ``eval_dataset`` are ``entropy_cache.Pairs``: what
@@ -163,7 +147,7 @@ class SegmentRewardTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
-            compute_metrics=self._eval_metrics,
+            compute_metrics=self._evaluation_metrics,
             **kwargs,
         )
         # get_batch_samples counts pairs, compute_loss divides by them: Trainer must not divide.
@@ -301,7 +285,7 @@ class SegmentRewardTrainer(Trainer):
         # DeepSpeed takes the optimizer step inside of the backward pass.
         if self.is_deepspeed_enabled and any_rank(self.accelerator, ~self._losses_finite()):
             self._stop_non_finite("loss", self._non_finite_rows())
-        self._record(result, ends, batch.batch.cu_seqlens, pairs)
+        record(self._metrics, result, ends, batch.batch.cu_seqlens, pairs)
         # Gradients are averaged over processes, so this factor makes a mean over all their pairs.
         loss = result.loss * (pairs * self.args.world_size / num_items_in_batch)
         return (loss, result) if return_outputs else loss
@@ -356,27 +340,11 @@ class SegmentRewardTrainer(Trainer):
             saved = f"the last good weights are in {folder}"
         raise NonFiniteError(
             f"{what}: expected a finite number, got NaN or infinity at step {step + 1}, rows "
-            f"{_some(rows)} of the training pairs (the first has the prompt {prompt!r}); {saved}. "
+            f"{some(rows)} of the training pairs (the first has the prompt {prompt!r}); {saved}. "
             "Look at those rows, lower --learning_rate, or train in float32 or bf16"
         )
 
     # Metrics
-
-    def _record(self, result: Any, ends: Tensor, cu_seqlens: Tensor, pairs: int) -> None:
-        metrics = self._metrics
-        scores = result.scores.detach().double()
-        segments, tokens = _segments(ends, cu_seqlens)
-        if not pairs:  # pairs that only fill up a batch do not count
-            scores, segments, tokens = scores[:0], segments[:0], tokens[:0]
-        chosen, rejected = scores.view(2, -1)
-        metrics.mean("accuracy", result.accuracy.detach() * pairs, pairs)
-        metrics.mean("margin", (chosen - rejected).sum(), pairs)
-        metrics.mean("mean_reward", scores.sum(), 2 * pairs)
-        metrics.minimum("min_reward", scores.min() if pairs else scores.new_full((), torch.inf))
-        metrics.maximum("max_reward", scores.max() if pairs else scores.new_full((), -torch.inf))
-        n_segments = segments.sum()
-        metrics.mean("segments/per_response", n_segments, 2 * pairs)
-        metrics.mean("segments/tokens_per_segment", tokens.sum(), n_segments)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -390,19 +358,7 @@ class SegmentRewardTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 result, ends = self._forward(model, part.batch)
             self._check_scores(result.scores, part.batch.rows)
-            chosen, rejected = result.scores.double().view(2, -1)
-            margin, lengths = part.batch.margin, part.batch.batch.cu_seqlens.diff().view(2, -1)
-            longer = (lengths[0] > lengths[1]) + 0.5 * (lengths[0] == lengths[1])
-            segments, tokens = _segments(ends, part.batch.batch.cu_seqlens)
-            columns = (
-                chosen,
-                rejected,
-                torch.zeros_like(chosen) if margin is None else margin,
-                segments.view(2, -1).sum(0),
-                tokens.view(2, -1).sum(0),
-                longer,
-            )
-            table[part.numbers] = torch.stack([column.double() for column in columns], dim=1)
+            table[part.numbers] = evaluation_table(result, ends, part.batch)
         return None, table, numbers
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -416,155 +372,19 @@ class SegmentRewardTrainer(Trainer):
             )
         return metrics
 
+    def _evaluation_metrics(self, prediction: Any) -> dict[str, float]:
+        args, table = self.args, torch.from_numpy(np.asarray(prediction.predictions)).double()
+        return evaluation_metrics(
+            table, args.label_smoothing_factor, args.center_rewards_coefficient or 0.0
+        )
+
     def _check_scores(self, scores: Tensor, rows: Tensor) -> None:
         finite = scores.isfinite().view(2, -1).all(0)
         if not bool(finite.all()):
             raise NonFiniteError(
                 f"reward: expected finite scores, got NaN or infinity for rows "
-                f"{_some(rows[~finite].tolist())} of the evaluation pairs"
+                f"{some(rows[~finite].tolist())} of the evaluation pairs"
             )
-
-    def _eval_metrics(self, prediction: Any) -> dict[str, float]:
-        table = torch.from_numpy(np.asarray(prediction.predictions)).double()
-        chosen, rejected, margin, segments, tokens, longer = table.unbind(1)
-        scores = torch.cat([chosen, rejected])
-        # One segment of one token per response: the loss of the whole set in one call.
-        result = segment_bradley_terry(
-            scores[:, None],
-            torch.ones(len(scores), 1, dtype=torch.bool),
-            margin=margin,
-            label_smoothing=self.args.label_smoothing_factor,
-            center_coef=self.args.center_rewards_coefficient or 0.0,
-        )
-        return {
-            "loss": float(result.loss),
-            "accuracy": float(result.accuracy),
-            "longer_wins": float(longer.mean()),
-            "margin": float((chosen - rejected).mean()),
-            "mean_reward": float(scores.mean()),
-            "min_reward": float(scores.min()),
-            "max_reward": float(scores.max()),
-            "segments/per_response": float(segments.mean() / 2),
-            "segments/tokens_per_segment": float(tokens.sum() / segments.sum()),
-        }
-
-    # Checkpoints
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As Trainer.train; SIGINT, SIGTERM or SIGHUP end it after the current step, with a
-        checkpoint.
-
-        Raises Interrupted then; its message says how to go on. UserError for a checkpoint of
-        another run, and for one that lacks a file.
-        """
-        if resume_from_checkpoint is not None:
-            self._check_checkpoint(Path(resume_from_checkpoint))
-        with Interrupt(self.args.output_dir) as self.interrupt:
-            output = super().train(resume_from_checkpoint, **kwargs)
-            stop = self.interrupt.requested(self.accelerator)
-            if stop and self.state.global_step < self.state.max_steps:
-                raise self.interrupt.stopped(
-                    f"stopped after step {self.state.global_step}; saved "
-                    f"{self._checkpoint_folder()}; go on with --resume_from_checkpoint true"
-                )
-        return output
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer would add a step to a run that has done all of them amid an epoch.
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
-            self.control.should_training_stop = True
-
-    def _check_checkpoint(self, checkpoint: Path) -> None:
-        if self.args.should_save:
-            check_contents(checkpoint)
-        if self.identity is not None:
-            changed = self.identity.check(checkpoint)
-            if changed and self.is_world_process_zero():
-                check_newest(self.args.output_dir, checkpoint)
-                tqdm.write(changes_told(changed))
-        # Trainer goes on without them, as another run. Sharded ones have other files.
-        require_files(checkpoint, ["trainer_state.json"])
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-            require_files(checkpoint, ["optimizer.pt", "scheduler.pt", f"rng_state{rank}.pth"])
-
-    def check_room(self) -> None:
-        """DiskFullError, or a warning, where the checkpoints ahead and the model do not fit."""
-        args, state = self.args, self.state
-        if args.save_strategy == SaveStrategy.NO:
-            n_checkpoints = 0
-        elif args.save_strategy == SaveStrategy.EPOCH:
-            n_checkpoints = math.ceil(args.num_train_epochs - (state.epoch or 0))
-        else:
-            n_checkpoints = math.ceil((state.max_steps - state.global_step) / state.save_steps)
-        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        final = sum(p.nbytes for p in self.model.parameters())
-        checkpoint = trained if is_peft(self.model) else final
-        if not args.save_only_model and args.optim.startswith("adamw_torch"):
-            checkpoint += 2 * trained  # Adam's moments
-        warning = check_room(
-            args.output_dir, checkpoint, final, n_checkpoints, args.save_total_limit
-        )
-        if warning:
-            tqdm.write(warning)
-
-    def _checkpoint_folder(self) -> Path:
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        return Path(self._get_output_dir(None)) / name
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder, limit = self._checkpoint_folder(), self.args.save_total_limit
-        aside = files.temporary_path(folder, "old")
-        if self.args.should_save and folder.exists():
-            os.replace(folder, aside)
-        self.accelerator.wait_for_everyone()
-        self.args.save_total_limit = None  # older checkpoints go only once this one is complete
-        try:
-            with saving(folder.name, folder.parent):
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    if self.identity is not None:
-                        self.identity.write(folder)
-                    mark_complete(folder, self.state.global_step)
-        except BaseException:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-                if aside.exists():
-                    os.replace(aside, folder)
-            raise
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-            drop_old_checkpoints(folder.parent, limit, keep=self.state.best_model_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        wrong = sorted((*load_result.missing_keys, *load_result.unexpected_keys))
-        if wrong:
-            raise UserError(
-                f"checkpoint: expected exactly the weights of {type(self.reward_model).__name__}, "
-                f"got one in which {_some(wrong)} are missing or too many; go on from another one"
-            )
-
-    def save_final(self, output_dir: str | Path, run: dict[str, Any]) -> None:
-        """Writes the reward model (LoRA merged), the tokenizer and ``run`` into ``output_dir``.
-
-        All processes must call it. What stands there is replaced file by file, after everything is
-        written.
-        """
-        state = self.accelerator.get_state_dict(self.model_wrapped)
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        if is_peft(model):
-            model, state = model.merge_and_unload(), None
-        with saving("the final model", output_dir), files.files_into(output_dir) as part:
-            model.save_pretrained(part, state_dict=state)
-            self.processing_class.save_pretrained(part)
-            files.write_json(part / RUN_FILE, run)
 
 
 @contextmanager
@@ -581,20 +401,3 @@ def _settings(name: str, got: str) -> Iterator[None]:
 def _ids(row: dict[str, Any]) -> list[Any]:
     prompt, responses = pair_example(row)
     return [prompt, *responses]
-
-
-def _segments(ends: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [responses] each: segments, and the tokens that lie in one, of a flat stream; without
-    waiting for the device."""
-    rows = torch.arange(len(cu_seqlens) - 1, device=ends.device)
-    rows = rows.repeat_interleave(cu_seqlens.diff(), output_size=len(ends))
-    upto = ends.cumsum(0)
-    at_stop = upto.index_select(0, (cu_seqlens[1:].long() - 1).clamp(min=0))
-    inside = at_stop.index_select(0, rows) > upto - ends.long()  # an end is at it or follows
-    none = upto.new_zeros(len(cu_seqlens) - 1)
-    return none.index_add(0, rows, ends.long()), none.index_add(0, rows, inside.long())
-
-
-def _some(items: Sequence[int | str]) -> str:
-    shown = ", ".join(map(str, items[:10]))
-    return f"{shown}, ... ({len(items)} in all)" if len(items) > 10 else shown
