@@ -41,9 +41,9 @@ kill_and_resume() {
 
 echo "1. reward model, loss of every 10 steps: one process (32 pairs), then two (16 each)"
 flags=(--max_steps 40 --save_strategy no --per_device_train_batch_size 32 --output_dir "$out/rm1")
-reward one 2> /dev/null | grep -o "{'loss': '[0-9.]*'"
+reward one 2> /dev/null | grep -o "{'loss': '[0-9.]*'" | tr -cd "0-9.\n"
 flags=(--max_steps 40 --save_strategy no --per_device_train_batch_size 16 --output_dir "$out/rm2")
-reward two 2> /dev/null | grep -o "{'loss': '[0-9.]*'"
+reward two 2> /dev/null | grep -o "{'loss': '[0-9.]*'" | tr -cd "0-9.\n"
 
 echo "1. PPO, loss/policy_avg, loss/value_avg and objective/kl of every update: one process, then two"
 show='import json, sys

@@ -200,7 +200,7 @@ def choose_packing(
             if not any(gather_object([bool(reason)])):
                 return packing, (  # type: ignore[return-value]
                     f"packing: {packing} ({attention}), which gives the numbers of padded rows: "
-                    f"relative difference {error:.1e} for an example of {len(expected):,} tokens"
+                    f"relative difference {error:.1e} over {len(expected):,} response tokens"
                 )
             refused.append(f"with {packing}, numbers {reason or 'differ on another process'}")
     finally:
