@@ -395,8 +395,8 @@ def entropies(
     response whose entropy is NaN or infinite.
     """
     state = processes()
-    longest = int(sizes.widths("none").max(initial=0))
-    check_positions(model, longest, f"row {int(sizes.widths('none').argmax())}")
+    widths = sizes.widths("none")
+    check_positions(model, int(widths.max()), f"row {int(widths.argmax())}")
     reader = make_reader(model, options or PackingConfig(), response_states, sizes, example)
     plan = reader.plan(sizes)
     if wanted is not None:

@@ -189,8 +189,9 @@ def score_responses(
     state = processes()
     examples, numbers = _examples(responses)
     sizes = Sizes.of(examples)
-    longest = int(sizes.widths("none").argmax())
-    check_positions(model, int(sizes.widths("none")[longest]), responses[numbers[longest][0]].name)
+    widths = sizes.widths("none")
+    longest = int(widths.argmax())
+    check_positions(model, int(widths[longest]), responses[numbers[longest][0]].name)
     reader = make_reader(
         model, options or PackingConfig(), response_rewards, sizes, examples.__getitem__
     )
@@ -202,15 +203,14 @@ def score_responses(
         rows = [responses[number] for number in order]
         batch = reader.batch(read, model.device)
         rewards = response_rewards(model, batch, reader.packing)
-        mask = torch.ones_like(rewards, dtype=torch.bool)
         entropy = None
         if rows[0].entropy is not None:
             values = np.concatenate([row.entropy for row in rows])  # type: ignore[misc]
             entropy = torch.from_numpy(values).to(rewards.device)
         terminated = torch.tensor([row.terminated for row in rows], device=rewards.device)
-        ends = model.segment_ends(entropy, mask, terminated, batch.cu_seqlens)
+        ends = model.segment_ends(entropy, batch.mask, terminated, batch.cu_seqlens)
         # Positions of segments, one after the other; those of a response follow each other.
-        positions = segment_positions(ends, mask, cu_seqlens=batch.cu_seqlens).cpu().numpy()
+        positions = segment_positions(ends, batch.mask, cu_seqlens=batch.cu_seqlens).cpu().numpy()
         at_ends, at = rewards[ends].cpu(), ends.nonzero().squeeze(1).cpu().numpy()
         first = batch.cu_seqlens.cpu().numpy()
         of_row = np.searchsorted(at, first)

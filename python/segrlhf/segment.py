@@ -14,8 +14,7 @@ from segkernels import segment_ends, segment_offsets
 
 from .configs import THRESHOLD, DataConfig, ModelConfig, PairConfig, flag
 from .data.batch import SIDES
-from .data.load import load_split
-from .data.tokenize import tokenize_pairs
+from .data.tokenize import tokenize_splits
 from .entropy_cache import EntropyCache, build_entropy_cache
 from .models.loading import load_tokenizer
 from .models.packing import PackingConfig
@@ -103,24 +102,20 @@ def run(model: ModelConfig, data: DataConfig, config: SegmentConfig) -> dict[str
     tokens_per_segment}]}`` with means over the training rows.
     """
     tokenizer = load_tokenizer(model)
-    caches = {}
-    for split in ("train", "eval"):
-        rows = load_split(data, split)
-        if rows is None:
-            continue
-        pairs, report = tokenize_pairs(rows, tokenizer, **config.tokenization)
-        say(f"{split}: {report.summary()}")
-        cache = build_entropy_cache(
+    splits = tokenize_splits(data, tokenizer, **config.tokenization)
+    caches = {
+        split: build_entropy_cache(
             model.model_name_or_path,
             tokenizer,
-            pairs,
+            rows,
             cache_dir=config.entropy_cache_dir,
             options=config,
             revision=model.model_revision,
             trust_remote_code=model.trust_remote_code,
         )
-        caches[split] = pairs, cache
-    pairs, cache = caches["train"]
+        for split, rows in splits.items()
+    }
+    pairs, cache = splits["train"], caches["train"]
     table = [cut(cache, pairs, threshold) for threshold in config.thresholds]
     middle = config.thresholds[len(config.thresholds) // 2]
     say(f"entropies: {cache.directory}\n\n{threshold_table(table)}\n")

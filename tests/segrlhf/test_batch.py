@@ -93,8 +93,8 @@ def test_pairs():
     assert pairs.terminated.tolist() == [True, True, False, False]
     assert pairs.margin is None
     assert pairs.entropy is None
-    assert pairs.mask.all()
-    assert len(pairs.mask) == 7
+    assert pairs.batch.mask.all()
+    assert len(pairs.batch.mask) == 7
     for row in rows:
         row["chosen_entropy"] = np.full(len(row["chosen_ids"]), 0.5)
         row["rejected_entropy"] = np.full(len(row["rejected_ids"]), 1.5)

@@ -9,7 +9,8 @@ from segrlhf.data import tokenize
 from segrlhf.data.batch import make_batch, make_pair_batch, pair_example
 from segrlhf.data.load import load_rows, load_split
 from segrlhf.data.render import Renderer, split_pair
-from segrlhf.data.tokenize import longest_pair, tokenize_pairs, tokenize_prompts, tokenizer_key
+from segrlhf.data.tokenize import tokenize_pairs, tokenize_prompts, tokenizer_key
+from segrlhf.entropy_cache import Pairs
 from segrlhf.errors import UserError
 
 LIMITS = {"max_length": 64, "max_prompt_length": 32}
@@ -370,4 +371,4 @@ def test_the_longest_pair(pairs):
         len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         for row in pairs
     ]
-    assert longest_pair(pairs) == max(lengths)
+    assert Pairs(pairs).sizes.widths("none").max() == max(lengths)

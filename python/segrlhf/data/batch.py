@@ -58,6 +58,11 @@ class Batch:
         """int64 [R, T]: 1 on tokens, 0 on padding."""
         return (self.example >= 0).long()
 
+    @property
+    def mask(self) -> Tensor:
+        """bool [N]: every token of the stream is a response's."""
+        return torch.ones_like(self.tokens, dtype=torch.bool)
+
     def attends(self) -> Tensor:
         """bool [R, 1, T, T]: whether the token of the third dimension reads that of the last, an
         earlier one or itself, of the same prompt or the same response."""
@@ -231,11 +236,6 @@ class PairBatch:
     terminated: Tensor  # bool [2B]: whether the response ends with EOS
     margin: Tensor | None  # fp32 [B]
     entropy: Tensor | None  # fp32 [N], nats, of the distribution which produced each token
-
-    @property
-    def mask(self) -> Tensor:
-        """bool [N]: every token of the stream is a response's."""
-        return torch.ones_like(self.batch.tokens, dtype=torch.bool)
 
     def to(self, device: torch.device | str) -> PairBatch:
         """On that device, as ``Batch.to``."""

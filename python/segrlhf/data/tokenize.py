@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from ..errors import UserError
-from ..runtime.distributed import processes
+from ..runtime.distributed import processes, say
 from . import render
+from .load import load_split
 from .render import Renderer, Text, checked_row, split_pair
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from ..configs import DataConfig
 
 
 PIECE = 20_000  # rows that are tokenized and kept at a time
@@ -197,16 +198,18 @@ def tokenize_pairs(
     return kept.remove_columns(counted), report
 
 
-def longest_pair(pairs: Dataset) -> int:
-    """Tokens of the longest prompt and response of ``tokenize_pairs``."""
-    names = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    longest = 0
-    for table in pairs.select_columns(names).with_format("arrow").iter(batch_size=10_000):
-        prompt, chosen, rejected = (
-            table[name].combine_chunks().value_lengths().to_numpy() for name in names
-        )
-        longest = max(longest, int((prompt + np.maximum(chosen, rejected)).max()))
-    return longest
+def tokenize_splits(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> dict[str, Dataset]:
+    """``tokenize_pairs`` of the rows to train on, "train", and of those held out, "eval", where
+    there are any; says what became of them."""
+    pairs = {}
+    for split in ("train", "eval"):
+        rows = load_split(data, split)
+        if rows is not None:
+            pairs[split], report = tokenize_pairs(rows, tokenizer, **options)
+            say(f"{split}: {report.summary()}")
+    return pairs
 
 
 def tokenize_prompts(
@@ -327,11 +330,13 @@ def _map(
     """
     from datasets import Features, Value, concatenate_datasets
 
-    def on_columns(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def on_columns(
+        batch: dict[str, list[Any]], indices: list[int], start: int
+    ) -> dict[str, list[Any]]:
         rows = [
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
-        out = function([checked_row(row, i) for row, i in zip(rows, indices, strict=True)])
+        out = function([checked_row(row, start + i) for row, i in zip(rows, indices, strict=True)])
         return {name: [new[name] for new in out] for name in out[0]}
 
     # `datasets` would hash the pickled closure, which a fast tokenizer changes by being used. The
@@ -341,13 +346,11 @@ def _map(
     key = f"{dataset._fingerprint} {tokenizer_key(tokenizer)} {options} {sorted(columns)}"
 
     def piece(start: int) -> Dataset:
-        def numbered(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            return on_columns(batch, [start + index for index in indices])
-
         place = f" {start} {PIECE}" if len(dataset) > PIECE else ""
         return dataset.select(range(start, min(start + PIECE, len(dataset)))).map(
-            numbered,
+            on_columns,
             with_indices=True,
+            fn_kwargs={"start": start},
             batched=True,
             batch_size=256,
             remove_columns=dataset.column_names,

@@ -13,8 +13,7 @@ from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..configs import AdaptedModelConfig, DataConfig, PairConfig
-from ..data.load import load_split
-from ..data.tokenize import longest_pair, tokenize_pairs, tokenizer_key
+from ..data.tokenize import tokenize_splits, tokenizer_key
 from ..entropy_cache import Pairs, build_entropy_cache, model_fingerprint, pairs_digest
 from ..errors import UserError, reading
 from ..models.loading import apply_lora, check_positions, load_tokenizer
@@ -46,13 +45,7 @@ def _run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> d
     processes().wait_for_everyone()
     checkpoint = resolve_resume(config.output_dir, config.resume_from_checkpoint)
     tokenizer = load_tokenizer(model)
-    pairs = {}
-    for split in ("train", "eval"):
-        rows = load_split(data, split)
-        if rows is None:
-            continue
-        pairs[split], report = tokenize_pairs(rows, tokenizer, **config.tokenization)
-        say(f"{split}: {report.summary()}")
+    pairs = tokenize_splits(data, tokenizer, **config.tokenization)
     if config.eval_strategy != "no" and "eval" not in pairs:
         raise UserError(
             f"eval_strategy: expected rows to evaluate on, got none in {data.dataset_name}; pass "
@@ -93,8 +86,8 @@ def _run(model: AdaptedModelConfig, data: DataConfig, config: RewardConfig) -> d
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
     )
-    for split, rows in pairs.items():
-        check_positions(reward_model, longest_pair(rows), f"a {split} row")
+    for split, rows in datasets.items():
+        check_positions(reward_model, int(rows.sizes.widths("none").max()), f"a {split} row")
     if model.use_peft:
         reward_model = apply_lora(reward_model, model, "SEQ_CLS")
     identity: list[Any] = [None]

@@ -179,7 +179,7 @@ class SegmentRewardTrainer(CheckpointedTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step and the number of pairs in them over all processes."""
+        """The batches of a step and the number of pairs in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             batch["pairs"] = len(batch["rows"])
@@ -260,7 +260,7 @@ class SegmentRewardTrainer(CheckpointedTrainer):
     def _forward(self, model: Any, pairs: PairBatch) -> tuple[Any, Tensor]:
         """(Loss and scores, ends of segments [N])."""
         rewards = response_rewards(model, pairs.batch, self.reader(model).packing)
-        mask, cu_seqlens = pairs.mask, pairs.batch.cu_seqlens
+        mask, cu_seqlens = pairs.batch.mask, pairs.batch.cu_seqlens
         ends = self.reward_model.segment_ends(pairs.entropy, mask, pairs.terminated, cu_seqlens)
         result = segment_bradley_terry(
             rewards,
